@@ -1,0 +1,1 @@
+"""Kernels of vllm-quantkit: custom ops that know neither vLLM nor checkpoints."""

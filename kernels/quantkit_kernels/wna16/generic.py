@@ -1,0 +1,51 @@
+"""Any device: codes row-major, dequantised in fp32, multiplied by ATen. Correct, not fast."""
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels.packing import pack_aligned, unpack_aligned
+from quantkit_kernels.quant_math import dequantize_codes
+from quantkit_kernels.wna16.op import PackedWeight
+from quantkit_kernels.wna16.weights import UniformWeight, gather_inputs
+
+
+def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
+    """Codes int32 [N, K' * bits / 32] with code k of a row in bit order; scales fp32 [N, G]."""
+    return PackedWeight(
+        codes=pack_aligned(weight.codes, weight.container_bits),
+        scales=weight.scales.float(),
+        zeros=weight.zeros,
+        gather=weight.gather,
+        bits=weight.container_bits,
+        group_size=weight.group_size,
+        in_features=weight.in_features,
+        out_features=weight.codes.shape[0],
+        kernel=f"dequantise + ATen (W{weight.container_bits}A16)",
+    )
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    gather: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    """y = [x, 0][:, gather] (scales (codes - zeros))^T + bias, in fp32.
+
+    Args:
+        x: [M, K]. Others as packed by `pack`.
+
+    Returns:
+        [M, N] in the dtype of `x`.
+    """
+    columns = scales.shape[1] * group_size
+    grouped = unpack_aligned(codes, bits, columns).unflatten(1, (-1, group_size))
+    weight = dequantize_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1)).flatten(1)
+    y = gather_inputs(x, gather, columns).float() @ weight.T
+    return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -1,0 +1,160 @@
+"""`quantkit::wna16_linear`: schema, fake, argument checks and one implementation per device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels.wna16.weights import IntWeight, make_uniform
+
+ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+torch.library.define(
+    "quantkit::wna16_linear",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? gather, Tensor? bias, "
+    "int bits, int group_size, int in_features, int out_features) -> Tensor",
+)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in the layout of the kernel that will run it; each device module describes its own.
+
+    Attributes:
+        codes: integer codes, packed.
+        scales: group scales, packed.
+        zeros: zero-points, packed; None where the layout holds them elsewhere.
+        gather: int32 [K'], as in `UniformWeight`.
+        bits: container width, 4 or 8.
+        group_size: input channels per scale.
+        in_features: K, the channels of x.
+        out_features: N, the channels of y.
+        kernel: the kernel's name, for the log.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    gather: Tensor | None
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    kernel: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        tensors = (self.codes, self.scales, self.zeros, self.gather)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def pack_weight(weight: IntWeight, dtype: torch.dtype) -> PackedWeight:
+    """Lay `weight` out for the kernel of the device it lies on.
+
+    Args:
+        weight: N x K integer weight.
+        dtype: the activations' dtype: float16, bfloat16 or float32.
+
+    Raises:
+        ValueError: the dtype is none of these, or the weight's group index is out of range.
+    """
+    if dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"activations of {dtype} are not served; use one of {ACTIVATION_DTYPES}")
+    packed: PackedWeight = _backend(weight.codes.device.type).pack(make_uniform(weight), dtype)
+    return packed
+
+
+def wna16_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """y[m, n] = sum_k x[m, k] scales[n, g(k)] (codes[n, k] - zeros[n, g(k)]) + bias[n].
+
+    Args:
+        x: float16, bfloat16 or float32 [..., K].
+        weight: packed for the dtype and device of `x`.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in the dtype of `x`.
+    """
+    y: Tensor = torch.ops.quantkit.wna16_linear(
+        x,
+        weight.codes,
+        weight.scales,
+        weight.zeros,
+        weight.gather,
+        bias,
+        weight.bits,
+        weight.group_size,
+        weight.in_features,
+        weight.out_features,
+    )
+    return y
+
+
+@torch.library.register_fake("quantkit::wna16_linear")
+def _fake(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    gather: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    check_arguments(x, bias, bits, in_features, out_features)
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def check_arguments(
+    x: Tensor, bias: Tensor | None, bits: int, in_features: int, out_features: int
+) -> None:
+    """Refuse what no kernel can run, naming the value.
+
+    Raises:
+        ValueError: x, bias or bits do not fit the weight.
+    """
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x has {x.shape[-1]} channels, but the weight takes {in_features}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out_features},)")
+    if bits not in (4, 8):
+        raise ValueError(f"codes of {bits} bits are not served; containers are 4 or 8 bits")
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"activations of {x.dtype} are not served; use one of {ACTIVATION_DTYPES}")
+
+
+def _backend(device_type: str) -> ModuleType:
+    """The module that packs for and runs on a kind of device; imported when first needed."""
+    if device_type == "cpu":
+        from quantkit_kernels.wna16 import cpu
+
+        return cpu
+    if device_type == "cuda":
+        from quantkit_kernels.wna16 import triton
+
+        return triton
+    from quantkit_kernels.wna16 import generic
+
+    return generic
+
+
+def _implementation(device_type: str):  # noqa: ANN202 - the schema above is its signature
+    def run(x: Tensor, *args: object) -> Tensor:
+        bias, bits, in_features, out_features = args[4], args[5], args[7], args[8]
+        check_arguments(x, bias, bits, in_features, out_features)  # type: ignore[arg-type]
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = _backend(device_type).linear(rows, *args)
+        return y.reshape(*x.shape[:-1], out_features)
+
+    return run
+
+
+torch.library.impl("quantkit::wna16_linear", "cpu", _implementation("cpu"))
+torch.library.impl("quantkit::wna16_linear", "cuda", _implementation("cuda"))
+torch.library.impl("quantkit::wna16_linear", "default", _implementation("generic"))

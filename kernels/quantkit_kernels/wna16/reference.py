@@ -1,0 +1,20 @@
+"""The oracle: y = x W^T + b in fp32, straight from the definition of the weight."""
+
+from torch import Tensor
+
+from quantkit_kernels.wna16.weights import IntWeight
+
+
+def reference_linear(x: Tensor, weight: IntWeight, bias: Tensor | None = None) -> Tensor:
+    """y[m, n] = sum_k x[m, k] scales[n, g(k)] (codes[n, k] - zeros[n, g(k)]) + bias[n].
+
+    Args:
+        x: float [..., K].
+        weight: N x K integer weight.
+        bias: float [N] or None.
+
+    Returns:
+        float32 [..., N], whatever the dtype of `x`.
+    """
+    y = x.float() @ weight.dequantize().T
+    return y if bias is None else y + bias.float()

@@ -1,0 +1,31 @@
+"""Checkpoint dialects: one file each, found through `get_format`."""
+
+from importlib import import_module
+from typing import cast
+
+from vllm_quantkit.errors import UnsupportedScheme
+from vllm_quantkit.formats.base import CheckpointTensor, Format, Role
+
+FORMATS = {
+    "awq": "vllm_quantkit.formats.awq",
+    "gptq": "vllm_quantkit.formats.gptq",
+    "compressed-tensors": "vllm_quantkit.formats.compressed_tensors",
+}
+"""Dialect (a checkpoint's `quant_method`) to module."""
+
+
+def get_format(quant_method: str) -> Format:
+    """The dialect module for a checkpoint's `quant_method`.
+
+    Raises:
+        UnsupportedScheme: no such dialect.
+    """
+    if quant_method not in FORMATS:
+        raise UnsupportedScheme(
+            f"quant_method {quant_method!r} is not served by quantkit; it serves "
+            f"{', '.join(sorted(FORMATS))}. Drop --quantization to let vLLM try the checkpoint."
+        )
+    return cast(Format, import_module(FORMATS[quant_method]))
+
+
+__all__ = ["FORMATS", "CheckpointTensor", "Format", "Role", "get_format"]

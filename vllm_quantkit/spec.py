@@ -1,0 +1,115 @@
+"""What a quantised layer is: frozen descriptions that every other module speaks in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dialect = Literal["awq", "gptq", "compressed-tensors"]
+"""How the checkpoint names and lays out a layer's tensors."""
+
+PER_CHANNEL = -1
+"""`group_size` of a weight with one scale per output channel."""
+
+
+class Frozen(BaseModel):
+    """Immutable, hashable, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WeightSpec(Frozen):
+    """W[n, k] = scale[n, g(k)] * (code[n, k] - zero[n, g(k)]), code in 0 .. 2**bits - 1.
+
+    Attributes:
+        bits: bits per weight code, 2 to 8.
+        group_size: input channels that share a scale; -1 means all of them.
+        symmetric: True where every zero-point is 2**(bits - 1) and none is stored.
+        act_order: True where g(k) is an arbitrary map stored in the checkpoint (GPTQ `desc_act`).
+    """
+
+    bits: int = Field(ge=2, le=8)
+    group_size: int = Field(ge=-1)
+    symmetric: bool
+    act_order: bool = False
+
+    def num_groups(self, in_features: int) -> int:
+        """ceil(in_features / group_size), or 1 per channel."""
+        return 1 if self.group_size == PER_CHANNEL else -(-in_features // self.group_size)
+
+
+class SchemeSpec(Frozen):
+    """How one layer is stored: dialect, weight numerics and the dialect's variant.
+
+    Attributes:
+        dialect: whose tensor names and packing the checkpoint uses.
+        weight: the numerics of the weight.
+        variant: the dialect's own layout version, such as AWQ's `gemm` or GPTQ's `gptq_v2`.
+    """
+
+    dialect: Dialect
+    weight: WeightSpec
+    variant: str = ""
+
+
+class LayerShape(Frozen):
+    """The size of a whole (unsharded) linear layer: y[M, out] = x[M, in] W[out, in]^T."""
+
+    out_features: int = Field(gt=0)
+    in_features: int = Field(gt=0)
+
+
+class LayerRule(Frozen):
+    """Layers whose name matches `pattern` use `scheme`; None leaves them in 16 bits.
+
+    Attributes:
+        pattern: a regular expression that must match the whole name from its start.
+        scheme: what the matching layers use.
+    """
+
+    pattern: str
+    scheme: SchemeSpec | None
+
+    def matches(self, name: str) -> bool:
+        """True where the pattern matches at the start of `name`."""
+        return _compiled(self.pattern).match(name) is not None
+
+
+class LayerRules(Frozen):
+    """Scheme by layer name: the first rule that matches wins, else `default`.
+
+    Attributes:
+        rules: tried in order.
+        default: for names no rule matches.
+        lm_head: scheme of the output head; heads stay in 16 bits unless a checkpoint says so.
+    """
+
+    rules: tuple[LayerRule, ...] = ()
+    default: SchemeSpec | None = None
+    lm_head: SchemeSpec | None = None
+
+    def scheme_for(self, name: str) -> SchemeSpec | None:
+        """The scheme of the checkpoint layer called `name`; None means 16 bits."""
+        for rule in self.rules:
+            if rule.matches(name):
+                return rule.scheme
+        return self.lm_head if name.split(".")[-1] == "lm_head" else self.default
+
+    @cached_property
+    def schemes(self) -> tuple[SchemeSpec, ...]:
+        """Every scheme the rules mention, each once, in order of mention."""
+        mentioned: Iterable[SchemeSpec | None] = (
+            self.default,
+            self.lm_head,
+            *(rule.scheme for rule in self.rules),
+        )
+        return tuple(dict.fromkeys(scheme for scheme in mentioned if scheme is not None))
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
