@@ -1,0 +1,41 @@
+"""Pure tensor helpers that more than one dialect needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Dtypes that scales have in checkpoints; the first is the one we write."""
+
+
+def decode_transposed(stored: Tensor) -> Tensor:
+    """scales[n, g] = stored[g, n], in float32."""
+    return stored.t().to(torch.float32).contiguous()
+
+
+def encode_transposed(scales: Tensor) -> Tensor:
+    """stored[g, n] = scales[n, g], in float16."""
+    return scales.t().to(torch.float16).contiguous()
+
+
+def decode_index(stored: Tensor) -> Tensor:
+    """A group index as int32."""
+    return stored.to(torch.int32)
+
+
+def pad_columns(values: Tensor, width: int) -> Tensor:
+    """`values` with zeros appended to every row until it is `width` long."""
+    return torch.nn.functional.pad(values, (0, width - values.shape[-1]))
+
+
+def check_below(values: Tensor, limit: int, what: str) -> None:
+    """Refuse codes that would spill into their neighbours.
+
+    Raises:
+        ValueError: a value is not below `limit`.
+    """
+    if values.numel() and int(values.max()) >= limit:
+        raise ValueError(
+            f"{what} must be below {limit} to be stored, but one is {int(values.max())}"
+        )

@@ -1,0 +1,282 @@
+"""AWQ checkpoints, as AutoAWQ writes them: W = scale * (code - zero), 4 bits, fp16 scales.
+
+`gemm`: K rows of packed outputs; nibble j of word w holds output 8 w + ORDER[j]:
+
+    qweight[k, w] = sum_j codes[8 w + ORDER[j], k] << 4 j      int32 [K, N/8]
+    qzeros [g, w] = sum_j zeros[8 w + ORDER[j], g] << 4 j      int32 [G, N/8]
+    scales [g, n]                                              fp16  [G, N]
+
+`gemv`: N rows of packed inputs in plain order; the group dimension is padded to P >= G:
+
+    qweight[n, w] = sum_j codes[n, 8 w + j] << 4 j             int32 [N, K/8]
+    qzeros [n, w] = sum_j zeros[n, 8 w + j] << 4 j             int32 [N, P/8]
+    scales [n, g]                                              fp16  [N, P]
+
+Sources: https://github.com/casper-hansen/AutoAWQ (`awq/modules/linear/gemm.py`, `gemv.py`, and
+`awq/utils/module.py` for the substring rule of `modules_to_not_convert`);
+https://arxiv.org/abs/2306.00978.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from pydantic import AliasChoices, Field
+from quantkit_kernels.packing import pack_aligned, unpack_aligned
+from torch import Tensor
+
+from vllm_quantkit.errors import UnsupportedScheme
+from vllm_quantkit.formats._fields import Fields, containing
+from vllm_quantkit.formats._layout import (
+    SCALE_DTYPES,
+    check_below,
+    decode_transposed,
+    encode_transposed,
+    pad_columns,
+)
+from vllm_quantkit.formats.base import CheckpointTensor, Role
+from vllm_quantkit.spec import PER_CHANNEL, LayerRule, LayerRules, LayerShape, SchemeSpec, WeightSpec
+
+BITS = 4
+PER_WORD = 8
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""GEMM: nibble j of a word holds output ORDER[j] of its eight."""
+
+VERSIONS = ("gemm", "gemv")
+TENSORS = ("qweight", "scales", "qzeros")
+
+GEMV_GROUP_MULTIPLE = {64: 2, 32: 4}
+"""GEMV pads the words of a row of zero-points to a multiple of this; 1 for 128 and more."""
+
+
+class AwqFields(Fields):
+    """The keys of an AWQ config that decide how it is stored."""
+
+    dialect: ClassVar[str] = "awq"
+    allowed: ClassVar[Mapping[str, str]] = {
+        "bits": "the integer 4",
+        "w_bit": "the integer 4",
+        "group_size": "a positive integer, or -1 for one scale per output channel",
+        "q_group_size": "a positive integer, or -1 for one scale per output channel",
+        "zero_point": "true or false",
+        "version": "'gemm' or 'gemv'",
+        "format": "'gemm' or 'gemv'",
+        "modules_to_not_convert": "a list of parts of layer names, or null",
+        "lm_head": "true or false",
+        "dynamic": "an object or null",
+    }
+
+    bits: int = Field(ge=1, validation_alias=AliasChoices("bits", "w_bit"))
+    group_size: int = Field(ge=-1, validation_alias=AliasChoices("group_size", "q_group_size"))
+    zero_point: bool = True
+    version: str | None = Field("gemm", validation_alias=AliasChoices("version", "format"))
+    modules_to_not_convert: list[str] | None = None
+    lm_head: bool = False
+    dynamic: dict[str, Any] | None = None
+
+    def scheme(self) -> SchemeSpec:
+        """The one scheme that an AWQ checkpoint has.
+
+        Raises:
+            ConfigError: a group size of 0.
+            UnsupportedScheme: not 4 bits, not `gemm` or `gemv`, rules per layer.
+        """
+        if self.group_size == 0:
+            raise self.malformed("group_size", 0, self.allowed["group_size"])
+        if self.dynamic:
+            raise self.unserved(
+                "dynamic", self.dynamic, "AWQ with one scheme for all layers",
+                "List the layers kept in 16 bits in 'modules_to_not_convert' instead.",
+            )
+        weight = WeightSpec(
+            bits=_served_bits(self.bits),
+            group_size=self.group_size,
+            symmetric=not self.zero_point,
+        )
+        version = (self.version or "gemm").lower()
+        return SchemeSpec(dialect="awq", weight=weight, variant=_served_version(version))
+
+
+def parse(config: Mapping[str, Any]) -> LayerRules:
+    """One scheme for all layers but those whose name contains an entry of the skip list.
+
+    Raises:
+        ConfigError: a key is missing, has the wrong type or a value nothing can mean.
+        UnsupportedScheme: the config is well formed but not served; says what to do.
+    """
+    fields = AwqFields.read(config)
+    scheme = fields.scheme()
+    skipped = fields.modules_to_not_convert or []
+    if "" in skipped:
+        raise fields.malformed(
+            "modules_to_not_convert", skipped, "a list without '', which is part of every name"
+        )
+    return LayerRules(
+        rules=tuple(LayerRule(pattern=containing(part), scheme=None) for part in skipped),
+        default=scheme,
+        lm_head=scheme if fields.lm_head else None,
+    )
+
+
+def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
+    """qweight, scales and qzeros of a layer; qzeros may lack where zero-points are all 8.
+
+    Raises:
+        UnsupportedScheme: the layer's size or the spec is one that AWQ cannot store.
+    """
+    _served_bits(spec.weight.bits)
+    if spec.weight.act_order:
+        raise UnsupportedScheme(
+            "AWQ cannot store act_order=True, which needs a tensor g_idx. Use the dialect 'gptq'."
+        )
+    if _served_version(spec.variant or "gemm") == "gemv":
+        return _gemv_tensors(spec.weight, shape)
+    return _gemm_tensors(spec.weight, shape)
+
+
+def infer_shape(
+    spec: SchemeSpec, shapes: Mapping[str, tuple[int, ...]], stored: tuple[int, int] | None = None
+) -> LayerShape:
+    """N and K from the shape of `qweight` alone."""
+    rows, columns = shapes["qweight"]
+    if spec.variant == "gemv":
+        return LayerShape(out_features=rows, in_features=columns * PER_WORD)
+    return LayerShape(out_features=columns * PER_WORD, in_features=rows)
+
+
+def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
+    """An AWQ config; `ignore` holds parts of names. The head always stays in 16 bits.
+
+    Symmetric weights are declared with `zero_point: true` and stored with zero-points of 8:
+    AutoAWQ and vLLM in-tree cannot load AWQ without `qzeros`.
+    """
+    return {
+        "quant_method": "awq",
+        "bits": spec.weight.bits,
+        "group_size": spec.weight.group_size,
+        "zero_point": True,
+        "version": spec.variant or "gemm",
+        "modules_to_not_convert": list(ignore) or None,
+    }
+
+
+def _gemm_tensors(weight: WeightSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
+    N, K, G = shape.out_features, shape.in_features, weight.num_groups(shape.in_features)
+    _check_divisible("gemm", "out_features", N)
+    words = N // PER_WORD
+    return (
+        CheckpointTensor(
+            "qweight", Role.CODES, (K, words), (torch.int32,), decode_gemm, encode_gemm
+        ),
+        CheckpointTensor(
+            "scales", Role.SCALES, (G, N), SCALE_DTYPES, decode_transposed, encode_transposed
+        ),
+        CheckpointTensor(
+            "qzeros", Role.ZEROS, (G, words), (torch.int32,), decode_gemm, encode_gemm,
+            optional=weight.symmetric,
+        ),
+    )
+
+
+def _gemv_tensors(weight: WeightSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
+    N, K, G = shape.out_features, shape.in_features, weight.num_groups(shape.in_features)
+    _check_divisible("gemv", "in_features", K)
+    words = gemv_group_words(K, weight.group_size)
+    return (
+        CheckpointTensor(
+            "qweight", Role.CODES, (N, K // PER_WORD), (torch.int32,),
+            partial(unpack_aligned, bits=BITS, length=K), partial(pack_aligned, bits=BITS),
+        ),
+        CheckpointTensor(
+            "scales", Role.SCALES, (N, words * PER_WORD), SCALE_DTYPES,
+            partial(_decode_gemv_scales, groups=G),
+            partial(_encode_gemv_scales, width=words * PER_WORD),
+        ),
+        CheckpointTensor(
+            "qzeros", Role.ZEROS, (N, words), (torch.int32,),
+            partial(unpack_aligned, bits=BITS, length=G),
+            partial(_encode_gemv_zeros, width=words * PER_WORD),
+            optional=weight.symmetric,
+        ),
+    )
+
+
+def decode_gemm(words: Tensor) -> Tensor:
+    """codes[8 w + ORDER[j], r] = (words[r, w] >> 4 j) & 15: int32 [R, N/8] to uint8 [N, R]."""
+    columns = words.t().contiguous()
+    codes = torch.empty(columns.shape[0], PER_WORD, columns.shape[1], dtype=torch.uint8)
+    codes = codes.to(words.device)
+    for nibble, output in enumerate(ORDER):
+        codes[:, output] = (columns >> (BITS * nibble)) & 15
+    return codes.flatten(0, 1)
+
+
+def encode_gemm(codes: Tensor) -> Tensor:
+    """Inverse of `decode_gemm`: uint8 [N, R] to int32 [R, N/8]."""
+    check_below(codes, 2**BITS, "AWQ codes and zero-points")
+    octets = codes.unflatten(0, (-1, PER_WORD))
+    columns = torch.zeros(octets.shape[0], octets.shape[2], dtype=torch.int32, device=codes.device)
+    for nibble, output in enumerate(ORDER):
+        columns |= octets[:, output].to(torch.int32) << (BITS * nibble)
+    return columns.t().contiguous()
+
+
+def gemv_group_words(in_features: int, group_size: int) -> int:
+    """Words in a padded row of GEMV zero-points.
+
+    Raises:
+        UnsupportedScheme: GEMV has no layout for this group size.
+    """
+    size = in_features if group_size == PER_CHANNEL else group_size
+    multiple = 1 if size >= 128 else GEMV_GROUP_MULTIPLE.get(size, 0)
+    if multiple == 0 or in_features % size:
+        raise UnsupportedScheme(
+            f"AWQ version 'gemv' cannot store group_size {group_size} with {in_features} inputs: "
+            "it takes 32, 64, or 128 and more, and a whole number of groups. Use version 'gemm'."
+        )
+    words = -(-(in_features // size) // PER_WORD)
+    return -(-words // multiple) * multiple
+
+
+def _decode_gemv_scales(stored: Tensor, groups: int) -> Tensor:
+    return stored[:, :groups].to(torch.float32).contiguous()
+
+
+def _encode_gemv_scales(scales: Tensor, width: int) -> Tensor:
+    return pad_columns(scales, width).to(torch.float16)
+
+
+def _encode_gemv_zeros(zeros: Tensor, width: int) -> Tensor:
+    check_below(zeros, 2**BITS, "AWQ zero-points")
+    return pack_aligned(pad_columns(zeros, width), BITS)
+
+
+def _check_divisible(version: str, name: str, size: int) -> None:
+    if size % PER_WORD:
+        raise UnsupportedScheme(
+            f"AWQ version {version!r} cannot store a layer with {name}={size}: it packs "
+            f"{PER_WORD} codes a word and pads none. Keep the layer in 16 bits, or use "
+            "the dialect 'compressed-tensors', which pads."
+        )
+
+
+def _served_bits(bits: int) -> int:
+    if bits != BITS:
+        raise AwqFields.unserved(
+            "bits", bits, "AWQ with bits 4 only",
+            "Quantise again with bits 4, or as 'compressed-tensors', which holds 2 to 8 bits.",
+        )
+    return bits
+
+
+def _served_version(version: str) -> str:
+    if version not in VERSIONS:
+        raise AwqFields.unserved(
+            "version", version, "the versions 'gemm' and 'gemv'",
+            "Quantise again with version 'gemm' ('gemv_fast' stores zero-points as rounded "
+            "products with the scale, which no integer kernel can use).",
+        )
+    return version

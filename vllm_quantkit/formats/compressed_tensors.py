@@ -1,0 +1,251 @@
+"""compressed-tensors checkpoints, format `pack-quantized`: W = scale * (code - zero).
+
+Words of 32 bits hold p = floor(32 / bits) whole codes, the last word of a row padded with zeros.
+The library's signed integers are stored with 2**(bits - 1) added, which makes them our codes and
+zero-points:
+
+    weight_packed[n, w]     = sum_i codes[n, p w + i] << (i bits)    int32 [N, ceil(K/p)]
+    weight_scale[n, g]                                               float [N, G]
+    weight_zero_point[w, g] = sum_i zeros[p w + i, g] << (i bits)    int32 [ceil(N/p), G]
+    weight_shape            = (N, K)                                 int64 [2]
+    weight_g_idx[k]         = the group of input k                   int32 [K]
+
+Zero-points exist where `symmetric` is false, `weight_g_idx` where `actorder` is `group`.
+
+Names: an entry of `ignore` or `targets` is a whole name, `re:` and a regular expression matched
+from the name's start, or the class `Linear`. `ignore` wins, then whole names, then regular
+expressions in the order of the config, then `Linear`, which takes in the head.
+
+Source: https://github.com/vllm-project/compressed-tensors (`compressors/pack_quantized`,
+`quantization/quant_args.py`, `utils/match.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from quantkit_kernels.packing import WORD_BITS, aligned_words, pack_aligned, unpack_aligned
+from torch import Tensor
+
+from vllm_quantkit.errors import UnsupportedScheme
+from vllm_quantkit.formats._fields import Fields, as_pattern
+from vllm_quantkit.formats._layout import SCALE_DTYPES, check_below
+from vllm_quantkit.formats.base import CheckpointTensor, Role
+from vllm_quantkit.spec import PER_CHANNEL, LayerRule, LayerRules, LayerShape, SchemeSpec, WeightSpec
+
+DIALECT: Literal["compressed-tensors"] = "compressed-tensors"
+FORMAT = "pack-quantized"
+TENSORS = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_g_idx",
+)
+LINEAR = "Linear"
+"""The one module class that targets may name."""
+
+ACT_ORDERS = {
+    None: False, False: False, "weight": False, "static": False,
+    True: True, "group": True, "dynamic": True,
+}
+"""`actorder` to whether the order is stored: `weight` and `static` only steer calibration."""
+
+
+class _Fields(Fields):
+    dialect: ClassVar[str] = DIALECT
+    allowed: ClassVar[Mapping[str, str]] = {
+        "num_bits": "an integer from 2 to 8",
+        "type": "'int'",
+        "symmetric": "true or false",
+        "strategy": "'group' or 'channel'",
+        "group_size": "a positive integer with strategy 'group', else null or -1",
+        "actorder": "null, 'group' or 'weight'",
+        "targets": "a list of 'Linear', layer names and 're:' regular expressions",
+        "weights": "an object with num_bits, strategy and so on",
+        "input_activations": "null or an object",
+        "output_activations": "null or an object",
+        "config_groups": "an object of groups, each with 'targets' and 'weights'",
+        "format": "'pack-quantized'",
+        "ignore": "a list of layer names and 're:' regular expressions, or null",
+        "kv_cache_scheme": "null or an object",
+    }
+
+
+class WeightFields(_Fields):
+    """How the weights of one group are quantised."""
+
+    num_bits: int = Field(ge=1)
+    type: str = "int"
+    symmetric: bool = True
+    strategy: Literal["tensor", "channel", "group", "block", "token", "tensor_group"] | None = None
+    group_size: int | None = Field(None, ge=-1)
+    actorder: Literal["group", "weight", "dynamic", "static"] | bool | None = None
+
+    def spec(self) -> SchemeSpec:
+        """These numerics.
+
+        Raises:
+            ConfigError: strategy and group size contradict each other.
+            UnsupportedScheme: not 2 to 8 bit integers in groups or channels.
+        """
+        if self.type.lower() != "int":
+            raise self.unserved(
+                "type", self.type, "'int'",
+                "Serve the checkpoint without --quantization: vLLM has float formats in-tree.",
+            )
+        weight = WeightSpec(
+            bits=_served_bits(self.num_bits),
+            group_size=self._group_size(),
+            symmetric=self.symmetric,
+            act_order=ACT_ORDERS[self.actorder] and self._group_size() != PER_CHANNEL,
+        )
+        return SchemeSpec(dialect=DIALECT, weight=weight, variant=FORMAT)
+
+    def _group_size(self) -> int:
+        grouped = self.group_size is not None and self.group_size > 0
+        inferred = "group" if grouped else "channel" if self.group_size == -1 else "tensor"
+        strategy = self.strategy or inferred
+        if strategy not in ("group", "channel"):
+            raise self.unserved(
+                "strategy", strategy, "'group' and 'channel'",
+                "Quantise again with strategy 'channel', which costs no speed.",
+            )
+        if self.group_size == 0 or grouped != (strategy == "group"):
+            raise self.malformed("group_size", self.group_size, self.allowed["group_size"])
+        return self.group_size if grouped and self.group_size else PER_CHANNEL
+
+
+class GroupFields(_Fields):
+    """A scheme and the layers that have it."""
+
+    targets: list[str]
+    weights: WeightFields
+    input_activations: dict[str, Any] | None = None
+    output_activations: dict[str, Any] | None = None
+    format: str | None = None
+
+    def spec(self, default_format: str) -> SchemeSpec:
+        """The group's scheme.
+
+        Raises:
+            ConfigError: see `WeightFields.spec`.
+            UnsupportedScheme: another format, or quantised activations.
+        """
+        stored = self.format or default_format
+        for key in ("input_activations", "output_activations"):
+            if getattr(self, key) is not None:
+                raise self.unserved(
+                    key, getattr(self, key), "16-bit activations (null) in this format",
+                    "Serve the checkpoint without --quantization: vLLM has W8A8 in-tree.",
+                )
+        if stored != FORMAT:
+            raise self.unserved(
+                "format", stored, f"{FORMAT!r}",
+                f"Save the model again with format {FORMAT!r}, or serve it without --quantization.",
+            )
+        return self.weights.spec()
+
+
+class ConfigFields(_Fields):
+    """The keys of a config that decide what is stored how."""
+
+    config_groups: dict[str, GroupFields]
+    format: str = FORMAT
+    ignore: list[str] | None = None
+    kv_cache_scheme: dict[str, Any] | None = None
+    transform_config: dict[str, Any] | None = None
+    sparsity_config: dict[str, Any] | None = None
+
+    def refuse_extras(self) -> None:
+        """Refuse what changes the meaning of the weights and is not served.
+
+        Raises:
+            UnsupportedScheme: a KV cache scheme, transforms or sparsity.
+        """
+        advice = {
+            "kv_cache_scheme": "Remove the key and choose the KV cache with --kv-cache-dtype.",
+            "transform_config": "Serve the checkpoint without --quantization.",
+            "sparsity_config": "Save the model again without sparse compression.",
+        }
+        for key, fix in advice.items():
+            if getattr(self, key):
+                raise self.unserved(key, getattr(self, key), "null for it", fix)
+
+
+def parse(config: Mapping[str, Any]) -> LayerRules:
+    """Each group's scheme for its targets, but 16 bits for what `ignore` names.
+
+    Raises:
+        ConfigError: a key is missing, has the wrong type or a value nothing can mean.
+        UnsupportedScheme: the config is well formed but not served; says what to do.
+    """
+    fields = ConfigFields.read(config)
+    fields.refuse_extras()
+    ignore = fields.ignore or []
+    targets = _targets(fields)
+    linear = None if LINEAR in ignore else targets.pop(LINEAR, None)
+    kept = [LayerRule(pattern=_pattern("ignore", name), scheme=None) for name in ignore]
+    chosen = [
+        LayerRule(pattern=_pattern("targets", name), scheme=targets[name])
+        for name in sorted(targets, key=lambda name: name.startswith("re:"))
+    ]
+    return LayerRules(rules=(*kept, *chosen), default=linear, lm_head=linear)
+
+
+def _targets(fields: ConfigFields) -> dict[str, SchemeSpec]:
+    """Target to scheme; the first group that names a target has it."""
+    found: dict[str, SchemeSpec] = {}
+    for group in fields.config_groups.values():
+        if all(target.endswith("Attention") for target in group.targets):
+            continue  # such a group describes the KV cache
+        spec = group.spec(fields.format)
+        for target in group.targets:
+            found.setdefault(target, spec)
+    return found
+
+
+def _pattern(key: str, name: str) -> str:
+    if name[:1].isupper() and "." not in name and name != LINEAR:
+        raise _Fields.unserved(
+            key, name, "layer names, 're:' regular expressions and the class 'Linear'",
+            "Name the layers instead of their class.",
+        )
+    return _Fields.regex(key, as_pattern(name))
+
+
+def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
+    """weight_packed, weight_scale, weight_shape, and where the spec has them zeros and order.
+
+    Raises:
+        UnsupportedScheme: the spec is one that the dialect cannot store.
+    """
+    weight, N, K = spec.weight, shape.out_features, shape.in_features
+    bits, G = _served_bits(weight.bits), weight.num_groups(K)
+    found = [
+        CheckpointTensor(
+            "weight_packed", Role.CODES, (N, aligned_words(K, bits)), (torch.int32,),
+            partial(decode_codes, bits=bits, length=K), partial(encode_codes, bits=bits),
+        ),
+        CheckpointTensor(
+            "weight_scale", Role.SCALES, (N, G), SCALE_DTYPES, decode_scales, encode_scales
+        ),
+        CheckpointTensor(
+            "weight_shape", Role.SHAPE, (2,), (torch.int64, torch.int32), decode_size, decode_size
+        ),
+    ]
+    if not weight.symmetric:
+        found.append(CheckpointTensor(
+            "weight_zero_point", Role.ZEROS, (aligned_words(N, bits), G), (torch.int32,),
+            partial(decode_zeros, bits=bits, length=N), partial(encode_zeros, bits=bits),
+        ))
+    if weight.act_order:
+        found.append(CheckpointTensor(
+            "weight_g_idx", Role.GROUP_INDEX, (K,), (torch.int32, torch.int64),
+            partial(decode_order, group_size=weight.group_size), partial(torch.Tensor.to, dtype=torch.int32),
+        ))
+    return tuple(found)

@@ -1,0 +1,296 @@
+"""GPTQ checkpoints, as AutoGPTQ and GPTQModel write them: W = scale * (code - zero).
+
+Codes follow each other without gaps along K, zero-points along N, least significant bit first
+(32 codes of 3 bits fill 3 words):
+
+    qweight[:, n] = stream of codes[n, 0], codes[n, 1], ...    int32 [K bits/32, N]
+    qzeros [g, :] = stream of zeros[0, g], zeros[1, g], ...    int32 [G, N bits/32]
+    scales [g, n]                                              fp16  [G, N]
+    g_idx  [k]    = the group of input k, else k // group_size int32 [K]
+
+`gptq_v2` stores zero-points as they are. `gptq` (the first format) stores them less 1: at 2, 4 and
+8 bits by subtracting 1 from every field of a word *with borrow*, at 3 bits field by field modulo 8.
+Adding it back the same way makes every zero-point 0 .. 2**bits - 1 exact again.
+
+Sources: https://github.com/ModelCloud/GPTQModel (`nn_modules/qlinear/__init__.py` for packing,
+`utils/model.py` and `utils/model_dequant.py` for the first format's zero-points,
+`quantization/config.py` for `dynamic`); https://arxiv.org/abs/2210.17323.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from pydantic import AliasChoices, Field
+from quantkit_kernels.packing import WORD_BITS, pack_stream, stream_words, unpack_stream
+from torch import Tensor
+
+from vllm_quantkit.errors import QuantkitError, UnsupportedScheme
+from vllm_quantkit.formats._fields import Fields, as_pattern
+from vllm_quantkit.formats._layout import (
+    SCALE_DTYPES,
+    check_below,
+    decode_index,
+    decode_transposed,
+    encode_transposed,
+)
+from vllm_quantkit.formats.base import CheckpointTensor, Role
+from vllm_quantkit.spec import PER_CHANNEL, LayerRule, LayerRules, LayerShape, SchemeSpec, WeightSpec
+
+BITS = (2, 3, 4, 8)
+VERSIONS = ("gptq", "gptq_v2")
+TENSORS = ("qweight", "scales", "qzeros", "g_idx")
+
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+"""A word with 1 in each of its fields."""
+
+GROUP_SIZE = "a positive integer, or -1 for one scale per output channel"
+
+
+class Scheme(Fields):
+    """The keys that describe one layer; `dynamic` may override them by name."""
+
+    dialect: ClassVar[str] = "gptq"
+    allowed: ClassVar[Mapping[str, str]] = {
+        "bits": "one of the integers 2, 3, 4, 8",
+        "group_size": GROUP_SIZE,
+        "sym": "true or false",
+        "desc_act": "true or false",
+        "static_groups": "true or false",
+        "lm_head": "true or false",
+        "checkpoint_format": "'gptq' or 'gptq_v2'",
+        "format": "'gptq' or 'gptq_v2'",
+        "pack_dtype": "'int32'",
+        "is_marlin_format": "true or false",
+        "dynamic": "an object of '+:regex' or '-:regex' to an object of overrides, or null",
+        "modules_in_block_to_quantize": "a list of parts of layer names (or of such lists), or null",
+    }
+
+    bits: int = Field(ge=1)
+    group_size: int = Field(ge=-1)
+    sym: bool = True
+    desc_act: bool = False
+
+    def spec(self, version: str) -> SchemeSpec:
+        """These numerics, stored in format `version`.
+
+        Raises:
+            ConfigError: a group size of 0.
+            UnsupportedScheme: a number of bits that is not served.
+        """
+        if self.group_size == 0:
+            raise self.malformed("group_size", 0, GROUP_SIZE)
+        weight = WeightSpec(
+            bits=_served_bits(self.bits),
+            group_size=self.group_size,
+            symmetric=self.sym,
+            act_order=self.desc_act and self.group_size != PER_CHANNEL,
+        )
+        return SchemeSpec(dialect="gptq", weight=weight, variant=version)
+
+
+class GptqFields(Scheme):
+    """The keys of a GPTQ config that decide how it is stored."""
+
+    lm_head: bool = False
+    static_groups: bool = False
+    version: str | None = Field(
+        "gptq", validation_alias=AliasChoices("checkpoint_format", "format")
+    )
+    pack_dtype: str | None = "int32"
+    is_marlin_format: bool = False
+    dynamic: dict[str, dict[str, Any] | None] | None = None
+    modules_in_block_to_quantize: list[str | list[str]] | None = None
+
+    def served_version(self) -> str:
+        """`gptq` or `gptq_v2`.
+
+        Raises:
+            UnsupportedScheme: another layout.
+        """
+        if self.is_marlin_format:
+            raise _unserved_version("marlin")
+        if self.pack_dtype not in (None, "int32"):
+            raise self.unserved(
+                "pack_dtype", self.pack_dtype, "'int32'", "Quantise again with pack_dtype 'int32'."
+            )
+        return _served_version((self.version or "gptq").lower())
+
+    def listed(self) -> tuple[str, ...]:
+        """Every entry of `modules_in_block_to_quantize`, flat."""
+        flat: list[str] = []
+        for entry in self.modules_in_block_to_quantize or []:
+            flat.extend([entry] if isinstance(entry, str) else entry)
+        return tuple(flat)
+
+
+def parse(config: Mapping[str, Any]) -> LayerRules:
+    """One scheme, overridden by the first `dynamic` pattern that matches a layer's name.
+
+    Layers that `modules_in_block_to_quantize` does not list stay in 16 bits, and so does the head
+    unless `lm_head` is true.
+
+    Raises:
+        ConfigError: a key is missing, has the wrong type or a value nothing can mean.
+        UnsupportedScheme: the config is well formed but not served; says what to do.
+    """
+    fields = GptqFields.read(config)
+    version = fields.served_version()
+    scheme = fields.spec(version)
+    return LayerRules(
+        rules=(*_unlisted(fields), *_overrides(fields, version)),
+        default=scheme,
+        lm_head=scheme if fields.lm_head else None,
+    )
+
+
+def _unlisted(fields: GptqFields) -> tuple[LayerRule, ...]:
+    """Rules for what stays in 16 bits whatever `dynamic` says."""
+    head = r"(?:.*\.)?lm_head\Z"
+    rules = []
+    if fields.dynamic and not fields.lm_head:
+        rules.append(LayerRule(pattern=head, scheme=None))
+    if listed := fields.listed():
+        any_listed = "|".join(re.escape(part) for part in listed)
+        rules.append(LayerRule(pattern=f"(?!{head})(?!.*(?:{any_listed}))", scheme=None))
+    return tuple(rules)
+
+
+def _overrides(fields: GptqFields, version: str) -> tuple[LayerRule, ...]:
+    rules = []
+    base = {name: getattr(fields, name) for name in Scheme.model_fields}
+    for key, overrides in (fields.dynamic or {}).items():
+        pattern = fields.regex(f"dynamic.{key}", key.removeprefix("-:").removeprefix("+:"))
+        if key.startswith("-:"):
+            rules.append(LayerRule(pattern=pattern, scheme=None))
+            continue
+        try:
+            scheme = Scheme.read({**base, **(overrides or {})}).spec(version)
+        except QuantkitError as error:
+            raise type(error)(f"In the rule {key!r} of 'dynamic': {error}") from None
+        rules.append(LayerRule(pattern=pattern, scheme=scheme))
+    return tuple(rules)
+
+
+def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
+    """qweight, scales, qzeros and g_idx of a layer.
+
+    qzeros may lack where the spec is symmetric, g_idx where groups are in order.
+
+    Raises:
+        UnsupportedScheme: the spec is one that GPTQ cannot store.
+    """
+    weight, N, K = spec.weight, shape.out_features, shape.in_features
+    bits, G = _served_bits(weight.bits), weight.num_groups(K)
+    offset = 1 if _served_version(spec.variant or "gptq") == "gptq" else 0
+    return (
+        CheckpointTensor(
+            "qweight", Role.CODES, (stream_words(K, bits), N), (torch.int32,),
+            partial(decode_codes, bits=bits, length=K), partial(encode_codes, bits=bits),
+        ),
+        CheckpointTensor(
+            "scales", Role.SCALES, (G, N), SCALE_DTYPES, decode_transposed, encode_transposed
+        ),
+        CheckpointTensor(
+            "qzeros", Role.ZEROS, (G, stream_words(N, bits)), (torch.int32,),
+            partial(decode_zeros, bits=bits, length=N, offset=offset),
+            partial(encode_zeros, bits=bits, offset=offset),
+            optional=weight.symmetric,
+        ),
+        CheckpointTensor(
+            "g_idx", Role.GROUP_INDEX, (K,), (torch.int32, torch.int64),
+            decode_index, decode_index,
+            optional=not weight.act_order,
+        ),
+    )
+
+
+def infer_shape(
+    spec: SchemeSpec, shapes: Mapping[str, tuple[int, ...]], stored: tuple[int, int] | None = None
+) -> LayerShape:
+    """N and K from `qweight`; K from `g_idx` where there is one, since `qweight` is padded."""
+    words, N = shapes["qweight"]
+    K = words * WORD_BITS // spec.weight.bits
+    index = shapes.get("g_idx", ())
+    if len(index) == 1 and stream_words(index[0], spec.weight.bits) == words:
+        K = index[0]
+    return LayerShape(out_features=N, in_features=K)
+
+
+def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
+    """A GPTQ config; `ignore` holds whole names, or regular expressions behind `re:`.
+
+    The head stays in 16 bits whether or not `ignore` names it.
+
+    Asymmetric weights are best written as `gptq_v2`: in the first format a zero-point of 0 borrows
+    from its neighbour, and readers that do not carry get both wrong.
+    """
+    kept = (as_pattern(name) for name in ignore if name != "lm_head")
+    return {
+        "quant_method": "gptq",
+        "bits": spec.weight.bits,
+        "group_size": spec.weight.group_size,
+        "desc_act": spec.weight.act_order,
+        "sym": spec.weight.symmetric,
+        "lm_head": False,
+        "checkpoint_format": spec.variant or "gptq",
+        "pack_dtype": "int32",
+        "dynamic": {f"-:{pattern}": {} for pattern in kept},
+    }
+
+
+def decode_codes(words: Tensor, bits: int, length: int) -> Tensor:
+    """codes[n, k] = field k of stream words[:, n]: int32 [W, N] to uint8 [N, length]."""
+    return unpack_stream(words.t().contiguous(), bits, length).contiguous()
+
+
+def encode_codes(codes: Tensor, bits: int) -> Tensor:
+    """Inverse of `decode_codes`."""
+    check_below(codes, 2**bits, "GPTQ codes")
+    return pack_stream(codes, bits).t().contiguous()
+
+
+def decode_zeros(words: Tensor, bits: int, length: int, offset: int) -> Tensor:
+    """zeros[n, g] = field n of words[g] + offset: int32 [G, W] to uint8 [length, G]."""
+    if offset and bits in ONES:
+        words = words + ONES[bits]
+    zeros = unpack_stream(words, bits, length)
+    if offset and bits not in ONES:
+        zeros = (zeros + offset) & (2**bits - 1)
+    return zeros.t().contiguous()
+
+
+def encode_zeros(zeros: Tensor, bits: int, offset: int) -> Tensor:
+    """Inverse of `decode_zeros`."""
+    check_below(zeros, 2**bits, "GPTQ zero-points")
+    fields = zeros.t().contiguous()
+    if offset and bits not in ONES:
+        fields = (fields - offset) & (2**bits - 1)
+    words = pack_stream(fields, bits)
+    return words - ONES[bits] if offset and bits in ONES else words
+
+
+def _served_bits(bits: int) -> int:
+    if bits not in BITS:
+        raise GptqFields.unserved(
+            "bits", bits, "GPTQ with bits 2, 3, 4 or 8",
+            "Quantise again with one of these, or as 'compressed-tensors', which holds 2 to 8.",
+        )
+    return bits
+
+
+def _served_version(version: str) -> str:
+    if version not in VERSIONS:
+        raise _unserved_version(version)
+    return version
+
+
+def _unserved_version(version: str) -> UnsupportedScheme:
+    return GptqFields.unserved(
+        "checkpoint_format", version, "the layouts 'gptq' and 'gptq_v2'",
+        "Quantise again with checkpoint_format 'gptq_v2'.",
+    )

@@ -1,0 +1,90 @@
+"""Every difference between the vLLM versions served (0.26 to 0.33), and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_quantkit.spec import LayerRules, WeightSpec
+
+REPRESENTATIVE_SIZE = 4096
+"""Stands for the hidden size of a model whose config does not name one."""
+
+
+def keep_every_tensor() -> Any:
+    """A weight mapper that drops nothing.
+
+    From 0.30 on, vLLM's default mapper drops `.g_idx`, so act-order checkpoints would load wrong
+    without a word. Earlier versions never ask for a mapper.
+    """
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    return WeightsMapper()
+
+
+def is_moe_layer(layer: nn.Module) -> bool:
+    """True for the module that holds a mixture's expert weights."""
+    try:
+        from vllm.model_executor.layers.fused_moe import RoutedExperts as Experts
+    except ImportError:  # before the expert weights had a module of their own
+        from vllm.model_executor.layers.fused_moe import FusedMoE as Experts
+    return isinstance(Experts, type) and isinstance(layer, Experts)
+
+
+def loads_dummy_weights() -> bool:
+    """True where the model being built gets random weights (`--load-format dummy`)."""
+    from vllm.config import get_current_vllm_config
+
+    return str(get_current_vllm_config().load_config.load_format) == "dummy"
+
+
+def serves(config: Mapping[str, Any], rules: LayerRules, hf_config: Any) -> bool:
+    """True where this vLLM, on this platform, would serve the checkpoint itself.
+
+    It asks vLLM's own config class, and vLLM's kernel selection for a square layer of the
+    model's hidden size.
+    """
+    hidden = int(getattr(hf_config, "hidden_size", None) or REPRESENTATIVE_SIZE)
+    dtype = getattr(hf_config, "dtype", None) or torch.bfloat16
+    return _parses(str(config["quant_method"]), config) and all(
+        _has_kernel(scheme.weight, (hidden, hidden), dtype) for scheme in rules.schemes
+    )
+
+
+def _parses(quant_method: str, config: Mapping[str, Any]) -> bool:
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    try:
+        get_quantization_config(quant_method).from_config(dict(config))
+    except (ValueError, NotImplementedError):
+        return False
+    return True
+
+
+def _has_kernel(weight: WeightSpec, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+    from vllm.scalar_type import ScalarType
+
+    # Symmetric codes carry a fixed offset; asymmetric ones carry their zero-points.
+    bias = 2 ** (weight.bits - 1) if weight.symmetric else None
+    fields: dict[str, Any] = {
+        "full_weight_shape": shape,
+        "partition_weight_shape": shape,
+        "weight_type": ScalarType.uint(weight.bits, bias),
+        "act_type": dtype,
+        "group_size": weight.group_size,
+        "zero_points": not weight.symmetric,
+    }
+    if "has_g_idx" in signature(MPLinearLayerConfig).parameters:  # gone in 0.30
+        fields["has_g_idx"] = weight.act_order
+    elif weight.act_order:
+        return False
+    try:
+        choose_mp_linear_kernel(MPLinearLayerConfig(**fields))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,187 @@
+"""The `QuantizationConfig` classes that vLLM sees, one for each registered method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from vllm_quantkit.errors import QuantkitError, UnsupportedScheme
+from vllm_quantkit.integration import compat
+from vllm_quantkit.integration.linear import QuantkitLinearMethod
+from vllm_quantkit.integration.names import LayerNames
+from vllm_quantkit.integration.report import LoadReport
+from vllm_quantkit.schemes import SCHEMES, Method, get_method
+from vllm_quantkit.spec import LayerRules, SchemeSpec
+
+AMPERE = 80
+"""Compute capability from which the CUDA kernels run (bf16 tensor cores, cp.async)."""
+
+
+class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
+    """Maps a checkpoint's rules onto vLLM's layers.
+
+    Attributes:
+        method_name: the name it is registered under.
+        rules: scheme by checkpoint layer.
+    """
+
+    method_name: ClassVar[str] = "quantkit"
+
+    def __init__(self, rules: LayerRules) -> None:
+        super().__init__()
+        self.rules = rules
+        self.names = LayerNames()
+        self.report = LoadReport(self.method_name)
+
+    @classmethod
+    def method(cls) -> type[Method]:
+        """The scheme class behind this config."""
+        return get_method(cls.method_name)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantkitConfig:
+        """Parse a checkpoint's `quantization_config`; refuses before any weight is read.
+
+        Raises:
+            ConfigError, UnsupportedScheme: one sentence with the value seen and the fix.
+        """
+        return cls(cls.method().rules(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim a checkpoint that the user asked us to serve.
+
+        The user's word decides even for a checkpoint we then refuse: our refusal says what to do.
+        """
+        return cls.method_name if user_quant == cls.method_name else None
+
+    def get_name(self) -> str:
+        """The registered name."""
+        return self.method_name
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """float16, bfloat16 and float32."""
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere."""
+        return AMPERE
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Older checkpoints keep their config beside config.json."""
+        return ["quantize_config.json", "quant_config.json"]
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> Any:
+        """Drop no tensor: activation order is served."""
+        return compat.keep_every_tensor()
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Audit the checkpoint's headers before a weight is read."""
+        self.names.audit(model_name, revision, self.rules)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Learn how the model renames the checkpoint's layers."""
+        self.names.rename(hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The linear method of a layer; 16 bits where the rules or the checkpoint say so.
+
+        Raises:
+            UnsupportedScheme: a mixture of experts, or partitions of a merged layer that differ.
+        """
+        if isinstance(layer, LinearBase | ParallelLMHead):
+            return self._linear_method(layer, prefix)
+        if compat.is_moe_layer(layer) and self._expert_scheme(prefix) is not None:
+            raise UnsupportedScheme(
+                f"{self.method_name} does not serve mixture-of-experts layers ({prefix}); drop "
+                f"--quantization to let vLLM serve this checkpoint itself."
+            )
+        return None
+
+    def _linear_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        partitions = self._partitions(prefix)
+        spec = self._common_scheme(prefix, partitions)
+        if spec is not None:
+            scheme = self.method().linear(spec)
+            return QuantkitLinearMethod(scheme, prefix, partitions, self.report)
+        if isinstance(layer, ParallelLMHead):
+            return None
+        self.report.leave_unquantized(prefix)
+        return UnquantizedLinearMethod()
+
+    def _partitions(self, prefix: str) -> tuple[str, ...]:
+        """Model-side names of the checkpoint layers merged into `prefix`."""
+        parent, _, leaf = prefix.rpartition(".")
+        leaves = self.packed_modules_mapping.get(leaf, [leaf])
+        return tuple(f"{parent}.{name}" if parent else name for name in leaves)
+
+    def _common_scheme(self, prefix: str, partitions: tuple[str, ...]) -> SchemeSpec | None:
+        specs = {name: self.names.scheme_for(name, self.rules) for name in partitions}
+        if len(set(specs.values())) == 1:
+            return specs[partitions[0]]
+        different = ", ".join(f"{name}: {describe(spec)}" for name, spec in specs.items())
+        raise UnsupportedScheme(
+            f"vLLM merges the layers of {prefix} into one, so they must share a scheme, but the "
+            f"checkpoint has {different}. Quantise them alike, or leave all of them in 16 bits."
+        )
+
+    def _expert_scheme(self, prefix: str) -> SchemeSpec | None:
+        return self.names.scheme_for(f"{prefix}.0.up_proj", self.rules)
+
+
+def describe(spec: SchemeSpec | None) -> str:
+    """A scheme in a few words."""
+    if spec is None:
+        return "16 bits"
+    return f"{spec.weight.bits} bits, group {spec.weight.group_size}"
+
+
+class AutoConfig(QuantkitConfig):
+    """`quantkit`: also claims, unasked, what vLLM itself would refuse."""
+
+    method_name = "quantkit"
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim what the user gave us, and with no flag what we serve and vLLM does not."""
+        if user_quant is None and cls._only_we_serve(hf_quant_cfg, hf_config):
+            return cls.method_name
+        return super().override_quantization_method(hf_quant_cfg, user_quant, hf_config)
+
+    @classmethod
+    def _only_we_serve(cls, config: Mapping[str, Any], hf_config: Any) -> bool:
+        try:
+            rules = cls.method().rules(config)
+        except QuantkitError:
+            return False
+        return not compat.serves(config, rules, hf_config)
+
+
+def _config_class(name: str) -> type[QuantkitConfig]:
+    """A config class for a registered method; workers find it by its name in this module."""
+    if name == AutoConfig.method_name:
+        return AutoConfig
+    class_name = "".join(part.capitalize() for part in name.split("-")) + "Config"
+    return type(class_name, (QuantkitConfig,), {"method_name": name, "__module__": __name__})
+
+
+CONFIGS: dict[str, type[QuantkitConfig]] = {name: _config_class(name) for name in SCHEMES}
+globals().update({config.__name__: config for config in CONFIGS.values()})

@@ -1,0 +1,123 @@
+"""One vLLM linear method for every scheme: create, load, pack, apply."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from vllm_quantkit.errors import CheckpointError
+from vllm_quantkit.integration import compat
+from vllm_quantkit.integration.loading import LayerLoader, RankShare
+from vllm_quantkit.integration.report import LoadReport
+from vllm_quantkit.schemes import LinearScheme
+from vllm_quantkit.schemes.base import LinearKernel, PackedLayer
+
+
+class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """Serves one layer with one scheme.
+
+    Attributes:
+        scheme: the layer's numerics.
+        prefix: the layer's name in the model.
+        partitions: names of the checkpoint layers merged into this one.
+        report: where the layer is counted once it is ready.
+    """
+
+    def __init__(
+        self,
+        scheme: LinearScheme,
+        prefix: str,
+        partitions: tuple[str, ...],
+        report: LoadReport,
+    ) -> None:
+        self.scheme = scheme
+        self.prefix = prefix
+        self.partitions = partitions
+        self.report = report
+        self._segments: tuple[Segment, ...] = ()
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the checkpoint's tensors as parameters holding this rank's canonical share."""
+        layer.params_dtype = params_dtype
+        sharded = input_size_per_partition != input_size
+        share = RankShare(
+            prefix=self.prefix,
+            partitions=self._partition_names(len(output_partition_sizes)),
+            partition_rows=tuple(output_partition_sizes),
+            in_start=layer.tp_rank * input_size_per_partition if sharded else 0,
+            in_features=input_size_per_partition,
+            full_in_features=input_size,
+        )
+        self._loader = LayerLoader(layer, self.scheme, share)
+        self.report.expect(self.prefix)
+        self._dummy = compat.loads_dummy_weights()
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Replace the canonical parameters by the kernel's layout.
+
+        Raises:
+            CheckpointError: a tensor is missing or holds values no kernel can use.
+        """
+        if not self._dummy:
+            self._loader.check_complete()
+        self.report.received(self.partitions, self._loader.ledger)
+        parts = self._loader.parts(layer)
+        for name in self._loader.names:
+            delattr(layer, name)
+        self._segments = tuple(
+            self._install(layer, i, self._pack(layer, canonical))
+            for i, (_, canonical) in enumerate(parts)
+        )
+        self._loader.ledger.received.clear()
+        self.report.ready(self.prefix, self._segments[0].kernel.name)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y = x W^T + b, one product for each range of rows that shares an input order."""
+        if len(self._segments) == 1:
+            return self._segments[0].apply(layer, x, bias)
+        y = torch.cat([segment.apply(layer, x, None) for segment in self._segments], dim=-1)
+        return y if bias is None else y + bias
+
+    def _partition_names(self, count: int) -> tuple[str, ...]:
+        """A name for each of the rows' `count` partitions, also where one tensor holds them all."""
+        if len(self.partitions) == count:
+            return self.partitions
+        return tuple(f"{self.prefix}[{i}]" for i in range(count))
+
+    def _pack(self, layer: nn.Module, canonical: dict[Any, Tensor]) -> PackedLayer:
+        try:
+            return self.scheme.pack(canonical, layer.params_dtype)
+        except ValueError as error:
+            raise CheckpointError(f"layer {self.prefix} cannot be served: {error}.") from error
+
+    def _install(self, layer: nn.Module, index: int, packed: PackedLayer) -> Segment:
+        suffix = f"_{index}" if index else ""
+        for name, tensor in packed.tensors.items():
+            layer.register_parameter(name + suffix, Parameter(tensor, requires_grad=False))
+        return Segment(packed.kernel, tuple(packed.tensors), suffix)
+
+
+class Segment:
+    """A range of a layer's rows served by one kernel."""
+
+    def __init__(self, kernel: LinearKernel, names: tuple[str, ...], suffix: str) -> None:
+        self.kernel = kernel
+        self._attributes = {name: name + suffix for name in names}
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The kernel's product, its tensors read from the layer."""
+        tensors = {name: getattr(layer, attr) for name, attr in self._attributes.items()}
+        return self.kernel.apply(x, tensors, bias)

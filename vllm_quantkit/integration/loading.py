@@ -1,0 +1,280 @@
+"""From checkpoint tensors to one rank's canonical tensors: shapes checked, shards counted."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter
+
+from quantkit_kernels.packing import pack_stream, stream_words, unpack_stream
+from vllm_quantkit.errors import CheckpointError
+from vllm_quantkit.formats import CheckpointTensor, Role
+from vllm_quantkit.schemes import LinearScheme
+from vllm_quantkit.spec import PER_CHANNEL, LayerShape
+
+ShardId = str | int | tuple[int, ...] | None
+"""Which part of a merged layer a tensor is: `q`, an index, several of them, or all (None)."""
+
+QKV = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """The part of a layer that one tensor-parallel rank holds.
+
+    Attributes:
+        prefix: the layer's name in the model.
+        partitions: names of the checkpoint layers merged into this one, in order.
+        partition_rows: rows of this rank in each partition.
+        in_start: first input channel of this rank.
+        in_features: input channels of this rank.
+        full_in_features: input channels of the whole layer.
+    """
+
+    prefix: str
+    partitions: tuple[str, ...]
+    partition_rows: tuple[int, ...]
+    in_start: int
+    in_features: int
+    full_in_features: int
+
+    @property
+    def out_features(self) -> int:
+        """Rows of this rank, over all partitions."""
+        return sum(self.partition_rows)
+
+    @property
+    def row_ranges(self) -> list[slice]:
+        """This rank's rows of each partition."""
+        ends = list(accumulate(self.partition_rows))
+        return [slice(end - n, end) for end, n in zip(ends, self.partition_rows, strict=True)]
+
+    def inputs(self, tensor: Tensor) -> Tensor:
+        """This rank's slice of the last dimension."""
+        return tensor[..., self.in_start : self.in_start + self.in_features]
+
+
+@dataclass
+class Ledger:
+    """Which shards of which tensors a layer has received."""
+
+    received: Counter[tuple[str, ShardId]] = field(default_factory=Counter)
+
+    def shards(self, name: str) -> list[ShardId]:
+        """The shards of tensor `name` received so far."""
+        return [shard for tensor, shard in self.received if tensor == name]
+
+
+class LayerLoader:
+    """Creates a layer's parameters under their checkpoint names and fills them, canonical.
+
+    Every dialect's tensor is decoded on arrival, cut to this rank's channels in units of
+    channels, never of packed words, and stored canonically: any shard boundary is served.
+    """
+
+    def __init__(self, layer: nn.Module, scheme: LinearScheme, share: RankShare) -> None:
+        self._layer = weakref.ref(layer)
+        self._scheme = scheme
+        self._share = share
+        self.ledger = Ledger()
+        for tensor in self._tensors(None):
+            layer.register_parameter(tensor.name, self._parameter(tensor))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parameter names, as in the checkpoint."""
+        return tuple(tensor.name for tensor in self._tensors(None))
+
+    def parts(self, layer: nn.Module) -> list[tuple[slice, dict[Role, Tensor]]]:
+        """Canonical tensors by role, for each range of rows that shares one group index."""
+        spec = self._scheme.spec.weight
+        params = {t.role: getattr(layer, t.name).data for t in self._tensors(None)}
+        rows = params[Role.CODES].shape[0]
+        index = params.get(Role.GROUP_INDEX, self._natural_index(params[Role.CODES].device))
+        zeros = params.get(Role.ZEROS)
+        if zeros is None:
+            zeros = torch.full_like(params[Role.SCALES], 2 ** (spec.bits - 1), dtype=torch.int32)
+        codes = unpack_stream(params[Role.CODES], spec.bits, self._share.in_features)
+        whole = {Role.CODES: codes, Role.SCALES: params[Role.SCALES], Role.ZEROS: zeros}
+        if all(torch.equal(row, index[0]) for row in index[1:]):
+            return [(slice(0, rows), {**whole, Role.GROUP_INDEX: index[0]})]
+        return [
+            (part, {**{r: t[part] for r, t in whole.items()}, Role.GROUP_INDEX: row})
+            for part, row in zip(self._share.row_ranges, index, strict=True)
+        ]
+
+    def check_complete(self) -> None:
+        """Every required tensor has arrived for every partition, and none is left half filled.
+
+        Raises:
+            CheckpointError: names the tensors that are missing.
+        """
+        missing = [
+            f"{partition}.{tensor.name}"
+            for tensor in self._tensors(None)
+            for partition in self._missing_partitions(tensor)
+        ]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {', '.join(missing)}, which layer {self._share.prefix} needs; "
+                f"the file is incomplete or its quantization_config describes another model."
+            )
+
+    def _missing_partitions(self, tensor: CheckpointTensor) -> list[str]:
+        shards = self.ledger.shards(tensor.name)
+        if None in shards or (tensor.optional and not shards):
+            return []
+        received = {slot for shard in shards for slot in self._slots(shard)}
+        return [name for i, name in enumerate(self._share.partitions) if i not in received]
+
+    def _tensors(self, shard: ShardId) -> tuple[CheckpointTensor, ...]:
+        layer = self._layer()
+        assert layer is not None
+        rows = expected_outputs(layer, shard)
+        shape = LayerShape(out_features=rows, in_features=self._share.full_in_features)
+        return self._scheme.tensors(shape)
+
+    def _parameter(self, tensor: CheckpointTensor) -> Parameter:
+        """An unfilled parameter in canonical form; optional ones hold their default."""
+        share, spec = self._share, self._scheme.spec.weight
+        load = self._loader(tensor.name)
+        groups = spec.num_groups(share.full_in_features)
+        if tensor.role is Role.CODES:
+            words = stream_words(share.in_features, spec.bits)
+            data = torch.zeros(share.out_features, words, dtype=torch.int32)
+        elif tensor.role is Role.SCALES:
+            data = torch.full((share.out_features, groups), torch.nan, dtype=torch.float32)
+        elif tensor.role is Role.ZEROS:
+            data = torch.full((share.out_features, groups), 2 ** (spec.bits - 1), dtype=torch.int32)
+        elif tensor.role is Role.GROUP_INDEX:
+            index = self._natural_index(torch.get_default_device())
+            return BasevLLMParameter(data=index, weight_loader=load)
+        else:
+            data = torch.zeros(len(share.partitions), *tensor.shape, dtype=torch.int64)
+            return BasevLLMParameter(data=data, weight_loader=load)
+        return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=load)
+
+    def _natural_index(self, device: torch.device) -> Tensor:
+        """k // group_size of this rank's channels, int32 [partitions, K]."""
+        share, group_size = self._share, self._scheme.spec.weight.group_size
+        channels = torch.arange(share.in_start, share.in_start + share.in_features, device=device)
+        size = share.full_in_features if group_size == PER_CHANNEL else group_size
+        return (channels // size).to(torch.int32).repeat(len(share.partitions), 1)
+
+    def _loader(self, name: str) -> Callable[..., None]:
+        """vLLM's weight-loader protocol for the tensor called `name`."""
+
+        def weight_loader(param: Parameter, loaded: Tensor, shard: ShardId = None) -> None:
+            self._load(param, name, loaded, shard)
+
+        return weight_loader
+
+    def _load(self, param: Parameter, name: str, loaded: Tensor, shard: ShardId) -> None:
+        layer = self._layer()
+        assert layer is not None
+        tensor = next(t for t in self._tensors(shard) if t.name == name)
+        label = f"{self._label(shard)}.{name}"
+        check_tensor(label, loaded, tensor)
+        # A reload first dry-runs the loader on the meta device to count what it copies.
+        if not param.is_meta:
+            self._record(name, shard, label)
+        source = loaded if param.device.type in ("cpu", "meta") else loaded.to(param.device)
+        try:
+            canonical = tensor.decode(source)
+        except ValueError as error:
+            raise CheckpointError(f"{label} cannot be decoded: {error}") from error
+        if tensor.role is Role.SHAPE:
+            self._check_shape(label, canonical, shard)
+        if tensor.role in (Role.GROUP_INDEX, Role.SHAPE):
+            own = self._share.inputs(canonical) if tensor.role is Role.GROUP_INDEX else canonical
+            for slot in self._slots(shard):
+                param.data[slot].copy_(own)
+            return
+        if tensor.role is Role.CODES:
+            canonical = pack_stream(self._share.inputs(canonical), self._scheme.spec.weight.bits)
+        load_rows(layer, param, canonical.to(param.dtype), shard)
+
+    def _record(self, name: str, shard: ShardId, label: str) -> None:
+        self.ledger.received[name, shard] += 1
+        if self.ledger.received[name, shard] > 1:
+            raise CheckpointError(
+                f"{label} occurs twice in the checkpoint; remove the shard file that repeats it."
+            )
+
+    def _check_shape(self, label: str, stored: Tensor, shard: ShardId) -> None:
+        layer = self._layer()
+        assert layer is not None
+        expected = [expected_outputs(layer, shard), self._share.full_in_features]
+        if stored.tolist() != expected:
+            raise CheckpointError(
+                f"{label} says {stored.tolist()}, but the model's layer is {expected}"
+            )
+
+    def _slots(self, shard: ShardId) -> list[int]:
+        """Indices of the partitions that a shard fills."""
+        if shard is None:
+            return list(range(len(self._share.partitions)))
+        if isinstance(shard, tuple):
+            return list(shard)
+        return [QKV.index(shard) if isinstance(shard, str) else shard]
+
+    def _label(self, shard: ShardId) -> str:
+        """The checkpoint layer a shard belongs to, or the merged layer where it is one tensor."""
+        names = self._share.partitions
+        if isinstance(shard, str | int):
+            return names[self._slots(shard)[0]]
+        return self._share.prefix
+
+
+def expected_outputs(layer: nn.Module, shard: ShardId) -> int:
+    """Rows of the checkpoint tensor for a shard of a layer, over all ranks."""
+    if isinstance(layer, ParallelLMHead):
+        return int(layer.org_vocab_size)
+    if hasattr(layer, "total_num_kv_heads"):
+        key_size, value_size = layer.head_size, getattr(layer, "v_head_size", layer.head_size)
+        sizes = {
+            "q": layer.total_num_heads * key_size,
+            "k": layer.total_num_kv_heads * key_size,
+            "v": layer.total_num_kv_heads * value_size,
+        }
+        return int(sum(sizes.values()) if shard is None else sizes[str(shard)])
+    if isinstance(shard, tuple):
+        return int(sum(layer.output_sizes[i] for i in shard))
+    return int(layer.output_size if shard is None else layer.output_sizes[shard])
+
+
+def check_tensor(label: str, found: Tensor, expected: CheckpointTensor) -> None:
+    """The tensor has the shape and dtype its dialect gives it.
+
+    Raises:
+        CheckpointError: names the tensor, what was found and what was expected.
+    """
+    shape = tuple(found.shape)
+    if shape != expected.shape:
+        raise CheckpointError(
+            f"{label} has shape {list(shape)}, expected {list(expected.shape)}; the checkpoint's "
+            f"quantization_config (bits, group_size) or its model sizes do not fit its tensors."
+        )
+    if found.dtype not in expected.dtypes:
+        allowed = " or ".join(str(dtype) for dtype in expected.dtypes)
+        raise CheckpointError(f"{label} has dtype {found.dtype}, expected {allowed}.")
+
+
+def load_rows(layer: nn.Module, param: Parameter, rows: Tensor, shard: ShardId) -> None:
+    """Copy this rank's rows of a whole shard, as vLLM's own layer classes cut them.
+
+    Input channels are cut before, so a row-parallel layer takes every row as it is.
+    """
+    load = getattr(layer, "weight_loader_v2", layer.weight_loader)
+    if shard is None:
+        load(param, rows)
+    else:
+        load(param, rows, shard)

@@ -1,0 +1,162 @@
+"""Round to nearest, and the grids that every method rounds to."""
+
+from __future__ import annotations
+
+import torch
+from quantkit_kernels.quant_math import dequantize_codes, minmax_scales, quantize_codes
+from quantkit_kernels.wna16 import IntWeight
+from torch import Tensor
+
+from vllm_quantkit.errors import QuantkitError
+from vllm_quantkit.spec import PER_CHANNEL, WeightSpec
+
+CLIP_RATIOS = tuple(1 - step / 40 for step in range(21))
+"""Shares of a group's range that clipping tries: 1 down to 0.5, the bounds AWQ uses."""
+
+
+def rtn(
+    weight: Tensor,
+    spec: WeightSpec,
+    *,
+    order: Tensor | None = None,
+    clip: bool = False,
+    hessian: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float16,
+) -> IntWeight:
+    """codes = round(W / scale) + zero, with each group's scale from its range.
+
+    Args:
+        weight: float [N, K].
+        spec: the numerics.
+        order: int64 [K], a permutation: consecutive channels of it share a group. None means
+            0 .. K - 1.
+        clip: True searches the range that minimises the squared error, instead of the full one.
+        hessian: float [K, K], mean of x x^T over the inputs x: clipping then minimises the error
+            that each group adds to the output. None counts every channel alike.
+        scale_dtype: what the checkpoint stores scales in; codes are made for the rounded scale.
+
+    Raises:
+        QuantkitError: the weight is not finite, or too large for `scale_dtype`.
+    """
+    weight = finite_weight(weight)
+    if order is None:
+        order = torch.arange(weight.shape[1], device=weight.device)
+    groups = split_groups(weight[:, order], group_width(spec, weight.shape[1]))
+    blocks = None
+    if clip and hessian is not None:
+        blocks = diagonal_blocks(hessian[order][:, order].float(), groups.shape[2])
+    scales, zeros = find_grid(groups, spec, clip=clip, hessian=blocks, scale_dtype=scale_dtype)
+    codes = quantize_codes(groups, scales, zeros, spec.bits).flatten(1)[:, : weight.shape[1]]
+    return in_channel_order(codes, scales.squeeze(-1), zeros.squeeze(-1), order, spec)
+
+
+def find_grid(
+    groups: Tensor,
+    spec: WeightSpec,
+    *,
+    clip: bool = False,
+    hessian: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor]:
+    """argmin over ratio of sum_g e H_g e^T, where e = w - dequantise(quantise(w)) at ratio * range.
+
+    Args:
+        groups: float32 [N, G, g].
+        spec: bits and symmetry are used.
+        clip: False takes ratio 1.
+        hessian: float32 [G, g, g]; None means the identity.
+        scale_dtype: what scales are rounded to.
+
+    Returns:
+        scales float32 [N, G, 1], each representable in `scale_dtype`; zeros uint8 [N, G, 1].
+    """
+    full, zeros = minmax_scales(groups, spec.bits, symmetric=spec.symmetric)
+    best = round_scales(full, scale_dtype)
+    if not clip:
+        return best, zeros
+    least = _group_error(groups, best, zeros, spec.bits, hessian)
+    for ratio in CLIP_RATIOS[1:]:
+        scales = round_scales(full * ratio, scale_dtype)
+        error = _group_error(groups, scales, zeros, spec.bits, hessian)
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
+    return best, zeros
+
+
+def round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest positive numbers that `dtype` can store, as float32.
+
+    Raises:
+        QuantkitError: a scale is beyond the range of `dtype`.
+    """
+    stored = scales.to(dtype)
+    if bool(torch.isinf(stored).any()):
+        raise QuantkitError(
+            f"a scale of {scales.max():.3g} does not fit in {dtype}; the weight has outliers that "
+            "no integer grid can hold: leave this layer in 16 bits, or store bfloat16 scales."
+        )
+    info = torch.finfo(dtype)
+    least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
+    return stored.float().clamp_min(least)
+
+
+def in_channel_order(
+    codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor, spec: WeightSpec
+) -> IntWeight:
+    """codes[:, order[i]] = given codes[:, i], and channel order[i] belongs to group i // g.
+
+    Args:
+        codes: uint8 [N, K], columns as `order` lists them.
+        scales: float32 [N, G].
+        zeros: uint8 [N, G].
+        order: int64 [K], a permutation.
+        spec: the numerics.
+    """
+    position = torch.argsort(order)
+    group_index = position // group_width(spec, order.numel())
+    codes = codes[:, position].contiguous()
+    return IntWeight(codes, scales, zeros, group_index.to(torch.int32), spec.bits)
+
+
+def group_width(spec: WeightSpec, in_features: int) -> int:
+    """Channels per group: `group_size`, or all of them per channel."""
+    return in_features if spec.group_size == PER_CHANNEL else spec.group_size
+
+
+def split_groups(weight: Tensor, width: int) -> Tensor:
+    """[N, K] to [N, ceil(K / width), width]; zeros fill the last group and change no range."""
+    missing = -weight.shape[1] % width
+    return torch.nn.functional.pad(weight, (0, missing)).unflatten(1, (-1, width))
+
+
+def diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
+    """[K, K] to the [ceil(K / width), width, width] on its diagonal, filled with zeros."""
+    missing = -hessian.shape[0] % width
+    padded = torch.nn.functional.pad(hessian, (0, missing, 0, missing))
+    square = padded.unflatten(0, (-1, width)).unflatten(2, (-1, width))
+    return square.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def finite_weight(weight: Tensor) -> Tensor:
+    """The weight as float32 [N, K].
+
+    Raises:
+        QuantkitError: it has NaN or infinity.
+    """
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise QuantkitError(
+            f"the weight has {bad} NaN or infinite values among {weight.numel()}; quantising would "
+            "spread them over their groups: repair or re-download the checkpoint."
+        )
+    return weight.detach().float()
+
+
+def _group_error(
+    groups: Tensor, scales: Tensor, zeros: Tensor, bits: int, hessian: Tensor | None
+) -> Tensor:
+    """e H_g e^T for each row and group: [N, G, 1]."""
+    codes = quantize_codes(groups, scales, zeros, bits)
+    error = groups - dequantize_codes(codes, scales, zeros)
+    weighted = error if hessian is None else torch.einsum("ngi,gij->ngj", error, hessian)
+    return (error * weighted).sum(-1, keepdim=True)
