@@ -46,7 +46,7 @@ class Fields(BaseModel):
     @classmethod
     def _explain(cls, error: ValidationError) -> ConfigError:
         first = error.errors(include_url=False)[0]
-        path = [str(part) for part in first["loc"]]
+        path = [str(part) for part in first["loc"] if not _is_union_tag(str(part))]
         known = next((part for part in reversed(path) if part in cls.allowed), "")
         value = MISSING if first["type"] == "missing" else first["input"]
         return cls.malformed(".".join(path), value, cls.allowed.get(known, first["msg"]))
@@ -74,8 +74,8 @@ class Fields(BaseModel):
         )
 
     @classmethod
-    def regex(cls, key: str, pattern: str) -> str:
-        """`pattern` if it is a regular expression.
+    def regex(cls, key: str, entry: str, pattern: str) -> str:
+        """`pattern`, which `entry` of `key` stands for, if it is a regular expression.
 
         Raises:
             ConfigError: it is not.
@@ -83,8 +83,13 @@ class Fields(BaseModel):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise cls.malformed(key, pattern, f"a regular expression ({error})") from None
+            raise cls.malformed(key, entry, f"a regular expression ({error})") from None
         return pattern
+
+
+def _is_union_tag(part: str) -> bool:
+    """True where pydantic names the alternative it tried instead of a key."""
+    return part in ("str", "bool") or part.startswith(("list[", "literal["))
 
 
 def exactly(name: str) -> str:

@@ -21,83 +21,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import AliasChoices, Field
 from quantkit_kernels.packing import pack_aligned, unpack_aligned
 from torch import Tensor
 
 from vllm_quantkit.errors import UnsupportedScheme
-from vllm_quantkit.formats._fields import Fields, containing
+from vllm_quantkit.formats._awq_config import BITS, AwqFields, served_bits, served_version
 from vllm_quantkit.formats._layout import (
     SCALE_DTYPES,
     check_below,
     decode_transposed,
     encode_transposed,
     pad_columns,
+    unpack_rows,
 )
 from vllm_quantkit.formats.base import CheckpointTensor, Role
-from vllm_quantkit.spec import PER_CHANNEL, LayerRule, LayerRules, LayerShape, SchemeSpec, WeightSpec
+from vllm_quantkit.spec import (
+    PER_CHANNEL,
+    LayerRules,
+    LayerShape,
+    SchemeSpec,
+    WeightSpec,
+)
 
-BITS = 4
 PER_WORD = 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """GEMM: nibble j of a word holds output ORDER[j] of its eight."""
 
-VERSIONS = ("gemm", "gemv")
 TENSORS = ("qweight", "scales", "qzeros")
 
 GEMV_GROUP_MULTIPLE = {64: 2, 32: 4}
 """GEMV pads the words of a row of zero-points to a multiple of this; 1 for 128 and more."""
-
-
-class AwqFields(Fields):
-    """The keys of an AWQ config that decide how it is stored."""
-
-    dialect: ClassVar[str] = "awq"
-    allowed: ClassVar[Mapping[str, str]] = {
-        "bits": "the integer 4",
-        "w_bit": "the integer 4",
-        "group_size": "a positive integer, or -1 for one scale per output channel",
-        "q_group_size": "a positive integer, or -1 for one scale per output channel",
-        "zero_point": "true or false",
-        "version": "'gemm' or 'gemv'",
-        "format": "'gemm' or 'gemv'",
-        "modules_to_not_convert": "a list of parts of layer names, or null",
-        "lm_head": "true or false",
-        "dynamic": "an object or null",
-    }
-
-    bits: int = Field(ge=1, validation_alias=AliasChoices("bits", "w_bit"))
-    group_size: int = Field(ge=-1, validation_alias=AliasChoices("group_size", "q_group_size"))
-    zero_point: bool = True
-    version: str | None = Field("gemm", validation_alias=AliasChoices("version", "format"))
-    modules_to_not_convert: list[str] | None = None
-    lm_head: bool = False
-    dynamic: dict[str, Any] | None = None
-
-    def scheme(self) -> SchemeSpec:
-        """The one scheme that an AWQ checkpoint has.
-
-        Raises:
-            ConfigError: a group size of 0.
-            UnsupportedScheme: not 4 bits, not `gemm` or `gemv`, rules per layer.
-        """
-        if self.group_size == 0:
-            raise self.malformed("group_size", 0, self.allowed["group_size"])
-        if self.dynamic:
-            raise self.unserved(
-                "dynamic", self.dynamic, "AWQ with one scheme for all layers",
-                "List the layers kept in 16 bits in 'modules_to_not_convert' instead.",
-            )
-        weight = WeightSpec(
-            bits=_served_bits(self.bits),
-            group_size=self.group_size,
-            symmetric=not self.zero_point,
-        )
-        version = (self.version or "gemm").lower()
-        return SchemeSpec(dialect="awq", weight=weight, variant=_served_version(version))
 
 
 def parse(config: Mapping[str, Any]) -> LayerRules:
@@ -107,18 +63,7 @@ def parse(config: Mapping[str, Any]) -> LayerRules:
         ConfigError: a key is missing, has the wrong type or a value nothing can mean.
         UnsupportedScheme: the config is well formed but not served; says what to do.
     """
-    fields = AwqFields.read(config)
-    scheme = fields.scheme()
-    skipped = fields.modules_to_not_convert or []
-    if "" in skipped:
-        raise fields.malformed(
-            "modules_to_not_convert", skipped, "a list without '', which is part of every name"
-        )
-    return LayerRules(
-        rules=tuple(LayerRule(pattern=containing(part), scheme=None) for part in skipped),
-        default=scheme,
-        lm_head=scheme if fields.lm_head else None,
-    )
+    return AwqFields.read(config).rules()
 
 
 def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
@@ -127,12 +72,12 @@ def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]
     Raises:
         UnsupportedScheme: the layer's size or the spec is one that AWQ cannot store.
     """
-    _served_bits(spec.weight.bits)
+    served_bits(spec.weight.bits)
     if spec.weight.act_order:
         raise UnsupportedScheme(
             "AWQ cannot store act_order=True, which needs a tensor g_idx. Use the dialect 'gptq'."
         )
-    if _served_version(spec.variant or "gemm") == "gemv":
+    if served_version(spec.variant or "gemm") == "gemv":
         return _gemv_tensors(spec.weight, shape)
     return _gemm_tensors(spec.weight, shape)
 
@@ -175,7 +120,12 @@ def _gemm_tensors(weight: WeightSpec, shape: LayerShape) -> tuple[CheckpointTens
             "scales", Role.SCALES, (G, N), SCALE_DTYPES, decode_transposed, encode_transposed
         ),
         CheckpointTensor(
-            "qzeros", Role.ZEROS, (G, words), (torch.int32,), decode_gemm, encode_gemm,
+            "qzeros",
+            Role.ZEROS,
+            (G, words),
+            (torch.int32,),
+            decode_gemm,
+            encode_gemm,
             optional=weight.symmetric,
         ),
     )
@@ -187,17 +137,27 @@ def _gemv_tensors(weight: WeightSpec, shape: LayerShape) -> tuple[CheckpointTens
     words = gemv_group_words(K, weight.group_size)
     return (
         CheckpointTensor(
-            "qweight", Role.CODES, (N, K // PER_WORD), (torch.int32,),
-            partial(unpack_aligned, bits=BITS, length=K), partial(pack_aligned, bits=BITS),
+            "qweight",
+            Role.CODES,
+            (N, K // PER_WORD),
+            (torch.int32,),
+            partial(_unpack, length=K),
+            partial(pack_aligned, bits=BITS),
         ),
         CheckpointTensor(
-            "scales", Role.SCALES, (N, words * PER_WORD), SCALE_DTYPES,
+            "scales",
+            Role.SCALES,
+            (N, words * PER_WORD),
+            SCALE_DTYPES,
             partial(_decode_gemv_scales, groups=G),
             partial(_encode_gemv_scales, width=words * PER_WORD),
         ),
         CheckpointTensor(
-            "qzeros", Role.ZEROS, (N, words), (torch.int32,),
-            partial(unpack_aligned, bits=BITS, length=G),
+            "qzeros",
+            Role.ZEROS,
+            (N, words),
+            (torch.int32,),
+            partial(_unpack, length=G),
             partial(_encode_gemv_zeros, width=words * PER_WORD),
             optional=weight.symmetric,
         ),
@@ -207,8 +167,8 @@ def _gemv_tensors(weight: WeightSpec, shape: LayerShape) -> tuple[CheckpointTens
 def decode_gemm(words: Tensor) -> Tensor:
     """codes[8 w + ORDER[j], r] = (words[r, w] >> 4 j) & 15: int32 [R, N/8] to uint8 [N, R]."""
     columns = words.t().contiguous()
-    codes = torch.empty(columns.shape[0], PER_WORD, columns.shape[1], dtype=torch.uint8)
-    codes = codes.to(words.device)
+    size = (columns.shape[0], PER_WORD, columns.shape[1])
+    codes = torch.empty(size, dtype=torch.uint8, device=words.device)
     for nibble, output in enumerate(ORDER):
         codes[:, output] = (columns >> (BITS * nibble)) & 15
     return codes.flatten(0, 1)
@@ -217,7 +177,7 @@ def decode_gemm(words: Tensor) -> Tensor:
 def encode_gemm(codes: Tensor) -> Tensor:
     """Inverse of `decode_gemm`: uint8 [N, R] to int32 [R, N/8]."""
     check_below(codes, 2**BITS, "AWQ codes and zero-points")
-    octets = codes.unflatten(0, (-1, PER_WORD))
+    octets = codes.reshape(-1, PER_WORD, codes.shape[1])
     columns = torch.zeros(octets.shape[0], octets.shape[2], dtype=torch.int32, device=codes.device)
     for nibble, output in enumerate(ORDER):
         columns |= octets[:, output].to(torch.int32) << (BITS * nibble)
@@ -241,6 +201,10 @@ def gemv_group_words(in_features: int, group_size: int) -> int:
     return -(-words // multiple) * multiple
 
 
+def _unpack(words: Tensor, length: int) -> Tensor:
+    return unpack_rows(unpack_aligned, words, BITS, length)
+
+
 def _decode_gemv_scales(stored: Tensor, groups: int) -> Tensor:
     return stored[:, :groups].to(torch.float32).contiguous()
 
@@ -261,22 +225,3 @@ def _check_divisible(version: str, name: str, size: int) -> None:
             f"{PER_WORD} codes a word and pads none. Keep the layer in 16 bits, or use "
             "the dialect 'compressed-tensors', which pads."
         )
-
-
-def _served_bits(bits: int) -> int:
-    if bits != BITS:
-        raise AwqFields.unserved(
-            "bits", bits, "AWQ with bits 4 only",
-            "Quantise again with bits 4, or as 'compressed-tensors', which holds 2 to 8 bits.",
-        )
-    return bits
-
-
-def _served_version(version: str) -> str:
-    if version not in VERSIONS:
-        raise AwqFields.unserved(
-            "version", version, "the versions 'gemm' and 'gemv'",
-            "Quantise again with version 'gemm' ('gemv_fast' stores zero-points as rounded "
-            "products with the scale, which no integer kernel can use).",
-        )
-    return version

@@ -48,7 +48,13 @@ class CheckpointTensor:
 
 
 class Format(Protocol):
-    """A dialect, as a module with these functions."""
+    """A dialect, as a module with these members.
+
+    Attributes:
+        TENSORS: every tensor name a quantised layer may have; the first holds the codes.
+    """
+
+    TENSORS: tuple[str, ...]
 
     def parse(self, config: Mapping[str, Any]) -> LayerRules:
         """Which scheme each layer has.
@@ -60,6 +66,20 @@ class Format(Protocol):
 
     def tensors(self, spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
         """The tensors of a layer, for reading and for writing alike."""
+
+    def infer_shape(
+        self,
+        spec: SchemeSpec,
+        shapes: Mapping[str, tuple[int, ...]],
+        stored: tuple[int, int] | None = None,
+    ) -> LayerShape:
+        """The size of a layer, from its tensors' shapes and the value of its SHAPE tensor.
+
+        Args:
+            spec: the layer's scheme.
+            shapes: tensor name (such as `qweight`) to shape; holds at least `TENSORS[0]`.
+            stored: (N, K) as a SHAPE tensor says, where the checkpoint has one.
+        """
 
     def render(self, spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint with one scheme; `ignore` stays in 16 bits."""

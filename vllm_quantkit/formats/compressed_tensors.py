@@ -24,21 +24,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from quantkit_kernels.packing import WORD_BITS, aligned_words, pack_aligned, unpack_aligned
 from torch import Tensor
 
-from vllm_quantkit.errors import UnsupportedScheme
-from vllm_quantkit.formats._fields import Fields, as_pattern
-from vllm_quantkit.formats._layout import SCALE_DTYPES, check_below
+from vllm_quantkit.formats._compressed_tensors_config import (
+    DIALECT,
+    FORMAT,
+    LINEAR,
+    ConfigFields,
+    served_bits,
+)
+from vllm_quantkit.formats._layout import SCALE_DTYPES, check_below, decode_index, unpack_rows
 from vllm_quantkit.formats.base import CheckpointTensor, Role
-from vllm_quantkit.spec import PER_CHANNEL, LayerRule, LayerRules, LayerShape, SchemeSpec, WeightSpec
+from vllm_quantkit.spec import (
+    PER_CHANNEL,
+    LayerRules,
+    LayerShape,
+    SchemeSpec,
+)
 
-DIALECT: Literal["compressed-tensors"] = "compressed-tensors"
-FORMAT = "pack-quantized"
 TENSORS = (
     "weight_packed",
     "weight_scale",
@@ -46,135 +53,6 @@ TENSORS = (
     "weight_shape",
     "weight_g_idx",
 )
-LINEAR = "Linear"
-"""The one module class that targets may name."""
-
-ACT_ORDERS = {
-    None: False, False: False, "weight": False, "static": False,
-    True: True, "group": True, "dynamic": True,
-}
-"""`actorder` to whether the order is stored: `weight` and `static` only steer calibration."""
-
-
-class _Fields(Fields):
-    dialect: ClassVar[str] = DIALECT
-    allowed: ClassVar[Mapping[str, str]] = {
-        "num_bits": "an integer from 2 to 8",
-        "type": "'int'",
-        "symmetric": "true or false",
-        "strategy": "'group' or 'channel'",
-        "group_size": "a positive integer with strategy 'group', else null or -1",
-        "actorder": "null, 'group' or 'weight'",
-        "targets": "a list of 'Linear', layer names and 're:' regular expressions",
-        "weights": "an object with num_bits, strategy and so on",
-        "input_activations": "null or an object",
-        "output_activations": "null or an object",
-        "config_groups": "an object of groups, each with 'targets' and 'weights'",
-        "format": "'pack-quantized'",
-        "ignore": "a list of layer names and 're:' regular expressions, or null",
-        "kv_cache_scheme": "null or an object",
-    }
-
-
-class WeightFields(_Fields):
-    """How the weights of one group are quantised."""
-
-    num_bits: int = Field(ge=1)
-    type: str = "int"
-    symmetric: bool = True
-    strategy: Literal["tensor", "channel", "group", "block", "token", "tensor_group"] | None = None
-    group_size: int | None = Field(None, ge=-1)
-    actorder: Literal["group", "weight", "dynamic", "static"] | bool | None = None
-
-    def spec(self) -> SchemeSpec:
-        """These numerics.
-
-        Raises:
-            ConfigError: strategy and group size contradict each other.
-            UnsupportedScheme: not 2 to 8 bit integers in groups or channels.
-        """
-        if self.type.lower() != "int":
-            raise self.unserved(
-                "type", self.type, "'int'",
-                "Serve the checkpoint without --quantization: vLLM has float formats in-tree.",
-            )
-        weight = WeightSpec(
-            bits=_served_bits(self.num_bits),
-            group_size=self._group_size(),
-            symmetric=self.symmetric,
-            act_order=ACT_ORDERS[self.actorder] and self._group_size() != PER_CHANNEL,
-        )
-        return SchemeSpec(dialect=DIALECT, weight=weight, variant=FORMAT)
-
-    def _group_size(self) -> int:
-        grouped = self.group_size is not None and self.group_size > 0
-        inferred = "group" if grouped else "channel" if self.group_size == -1 else "tensor"
-        strategy = self.strategy or inferred
-        if strategy not in ("group", "channel"):
-            raise self.unserved(
-                "strategy", strategy, "'group' and 'channel'",
-                "Quantise again with strategy 'channel', which costs no speed.",
-            )
-        if self.group_size == 0 or grouped != (strategy == "group"):
-            raise self.malformed("group_size", self.group_size, self.allowed["group_size"])
-        return self.group_size if grouped and self.group_size else PER_CHANNEL
-
-
-class GroupFields(_Fields):
-    """A scheme and the layers that have it."""
-
-    targets: list[str]
-    weights: WeightFields
-    input_activations: dict[str, Any] | None = None
-    output_activations: dict[str, Any] | None = None
-    format: str | None = None
-
-    def spec(self, default_format: str) -> SchemeSpec:
-        """The group's scheme.
-
-        Raises:
-            ConfigError: see `WeightFields.spec`.
-            UnsupportedScheme: another format, or quantised activations.
-        """
-        stored = self.format or default_format
-        for key in ("input_activations", "output_activations"):
-            if getattr(self, key) is not None:
-                raise self.unserved(
-                    key, getattr(self, key), "16-bit activations (null) in this format",
-                    "Serve the checkpoint without --quantization: vLLM has W8A8 in-tree.",
-                )
-        if stored != FORMAT:
-            raise self.unserved(
-                "format", stored, f"{FORMAT!r}",
-                f"Save the model again with format {FORMAT!r}, or serve it without --quantization.",
-            )
-        return self.weights.spec()
-
-
-class ConfigFields(_Fields):
-    """The keys of a config that decide what is stored how."""
-
-    config_groups: dict[str, GroupFields]
-    format: str = FORMAT
-    ignore: list[str] | None = None
-    kv_cache_scheme: dict[str, Any] | None = None
-    transform_config: dict[str, Any] | None = None
-    sparsity_config: dict[str, Any] | None = None
-
-    def refuse_extras(self) -> None:
-        """Refuse what changes the meaning of the weights and is not served.
-
-        Raises:
-            UnsupportedScheme: a KV cache scheme, transforms or sparsity.
-        """
-        advice = {
-            "kv_cache_scheme": "Remove the key and choose the KV cache with --kv-cache-dtype.",
-            "transform_config": "Serve the checkpoint without --quantization.",
-            "sparsity_config": "Save the model again without sparse compression.",
-        }
-        for key, fix in advice.items():
-            if getattr(self, key):
-                raise self.unserved(key, getattr(self, key), "null for it", fix)
 
 
 def parse(config: Mapping[str, Any]) -> LayerRules:
@@ -184,38 +62,7 @@ def parse(config: Mapping[str, Any]) -> LayerRules:
         ConfigError: a key is missing, has the wrong type or a value nothing can mean.
         UnsupportedScheme: the config is well formed but not served; says what to do.
     """
-    fields = ConfigFields.read(config)
-    fields.refuse_extras()
-    ignore = fields.ignore or []
-    targets = _targets(fields)
-    linear = None if LINEAR in ignore else targets.pop(LINEAR, None)
-    kept = [LayerRule(pattern=_pattern("ignore", name), scheme=None) for name in ignore]
-    chosen = [
-        LayerRule(pattern=_pattern("targets", name), scheme=targets[name])
-        for name in sorted(targets, key=lambda name: name.startswith("re:"))
-    ]
-    return LayerRules(rules=(*kept, *chosen), default=linear, lm_head=linear)
-
-
-def _targets(fields: ConfigFields) -> dict[str, SchemeSpec]:
-    """Target to scheme; the first group that names a target has it."""
-    found: dict[str, SchemeSpec] = {}
-    for group in fields.config_groups.values():
-        if all(target.endswith("Attention") for target in group.targets):
-            continue  # such a group describes the KV cache
-        spec = group.spec(fields.format)
-        for target in group.targets:
-            found.setdefault(target, spec)
-    return found
-
-
-def _pattern(key: str, name: str) -> str:
-    if name[:1].isupper() and "." not in name and name != LINEAR:
-        raise _Fields.unserved(
-            key, name, "layer names, 're:' regular expressions and the class 'Linear'",
-            "Name the layers instead of their class.",
-        )
-    return _Fields.regex(key, as_pattern(name))
+    return ConfigFields.read(config).rules()
 
 
 def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
@@ -225,27 +72,133 @@ def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]
         UnsupportedScheme: the spec is one that the dialect cannot store.
     """
     weight, N, K = spec.weight, shape.out_features, shape.in_features
-    bits, G = _served_bits(weight.bits), weight.num_groups(K)
+    bits, G = served_bits(weight.bits), weight.num_groups(K)
     found = [
         CheckpointTensor(
-            "weight_packed", Role.CODES, (N, aligned_words(K, bits)), (torch.int32,),
-            partial(decode_codes, bits=bits, length=K), partial(encode_codes, bits=bits),
+            "weight_packed",
+            Role.CODES,
+            (N, aligned_words(K, bits)),
+            (torch.int32,),
+            partial(decode_codes, bits=bits, length=K),
+            partial(encode_codes, bits=bits),
         ),
         CheckpointTensor(
             "weight_scale", Role.SCALES, (N, G), SCALE_DTYPES, decode_scales, encode_scales
         ),
         CheckpointTensor(
-            "weight_shape", Role.SHAPE, (2,), (torch.int64, torch.int32), decode_size, decode_size
+            "weight_shape", Role.SHAPE, (2,), (torch.int64, torch.int32), size_of, size_of
         ),
     ]
     if not weight.symmetric:
-        found.append(CheckpointTensor(
-            "weight_zero_point", Role.ZEROS, (aligned_words(N, bits), G), (torch.int32,),
-            partial(decode_zeros, bits=bits, length=N), partial(encode_zeros, bits=bits),
-        ))
+        found.append(
+            CheckpointTensor(
+                "weight_zero_point",
+                Role.ZEROS,
+                (aligned_words(N, bits), G),
+                (torch.int32,),
+                partial(decode_zeros, bits=bits, length=N),
+                partial(encode_zeros, bits=bits),
+            )
+        )
     if weight.act_order:
-        found.append(CheckpointTensor(
-            "weight_g_idx", Role.GROUP_INDEX, (K,), (torch.int32, torch.int64),
-            partial(decode_order, group_size=weight.group_size), partial(torch.Tensor.to, dtype=torch.int32),
-        ))
+        found.append(
+            CheckpointTensor(
+                "weight_g_idx",
+                Role.GROUP_INDEX,
+                (K,),
+                (torch.int32, torch.int64),
+                partial(decode_order, group_size=weight.group_size),
+                decode_index,
+            )
+        )
     return tuple(found)
+
+
+def infer_shape(
+    spec: SchemeSpec, shapes: Mapping[str, tuple[int, ...]], stored: tuple[int, int] | None = None
+) -> LayerShape:
+    """N and K: what `weight_shape` holds, else the most that packed words and groups can."""
+    if stored is not None:
+        return LayerShape(out_features=stored[0], in_features=stored[1])
+    N, words = shapes["weight_packed"]
+    K = words * (WORD_BITS // spec.weight.bits)
+    if spec.weight.group_size != PER_CHANNEL and len(shapes.get("weight_scale", ())) == 2:
+        K = min(K, shapes["weight_scale"][1] * spec.weight.group_size)
+    return LayerShape(out_features=N, in_features=K)
+
+
+def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
+    """A compressed-tensors config; `ignore` holds whole names or `re:` expressions.
+
+    The head stays in 16 bits whether or not `ignore` names it.
+    """
+    grouped = spec.weight.group_size != PER_CHANNEL
+    weights = {
+        "num_bits": spec.weight.bits,
+        "type": "int",
+        "symmetric": spec.weight.symmetric,
+        "strategy": "group" if grouped else "channel",
+        "group_size": spec.weight.group_size if grouped else None,
+        "actorder": "group" if spec.weight.act_order else None,
+        "dynamic": False,
+    }
+    group = {
+        "targets": [LINEAR],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": DIALECT,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(dict.fromkeys((*ignore, "lm_head"))),
+        "kv_cache_scheme": None,
+    }
+
+
+def decode_codes(words: Tensor, bits: int, length: int) -> Tensor:
+    """int32 [N, W] to uint8 [N, length]."""
+    return unpack_rows(unpack_aligned, words, bits, length)
+
+
+def encode_codes(codes: Tensor, bits: int) -> Tensor:
+    """Inverse of `decode_codes`."""
+    check_below(codes, 2**bits, "compressed-tensors codes")
+    return pack_aligned(codes, bits)
+
+
+def decode_zeros(words: Tensor, bits: int, length: int) -> Tensor:
+    """int32 [W, G] to uint8 [length, G]."""
+    return unpack_aligned(words.t(), bits, length).t().contiguous()
+
+
+def encode_zeros(zeros: Tensor, bits: int) -> Tensor:
+    """Inverse of `decode_zeros`."""
+    check_below(zeros, 2**bits, "compressed-tensors zero-points")
+    return pack_aligned(zeros.t(), bits).t().contiguous()
+
+
+def decode_scales(stored: Tensor) -> Tensor:
+    """A copy in float32."""
+    return stored.to(torch.float32, copy=True)
+
+
+def encode_scales(scales: Tensor) -> Tensor:
+    """A copy in float16."""
+    return scales.to(torch.float16, copy=True)
+
+
+def size_of(stored: Tensor) -> Tensor:
+    """A copy of (N, K) in int64."""
+    return stored.to(torch.int64, copy=True)
+
+
+def decode_order(stored: Tensor, group_size: int) -> Tensor:
+    """The stored group index; -1 anywhere means that it was never set and groups are in order."""
+    index = stored.to(torch.int32, copy=True)
+    if bool((index < 0).any()):
+        index = torch.arange(index.shape[0], dtype=torch.int32, device=index.device)
+        index = index.div(group_size, rounding_mode="floor").to(torch.int32)
+    return index

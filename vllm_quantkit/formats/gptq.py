@@ -19,113 +19,35 @@ Sources: https://github.com/ModelCloud/GPTQModel (`nn_modules/qlinear/__init__.p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import AliasChoices, Field
 from quantkit_kernels.packing import WORD_BITS, pack_stream, stream_words, unpack_stream
 from torch import Tensor
 
-from vllm_quantkit.errors import QuantkitError, UnsupportedScheme
-from vllm_quantkit.formats._fields import Fields, as_pattern
+from vllm_quantkit.formats._fields import as_pattern
+from vllm_quantkit.formats._gptq_config import GptqFields, served_bits, served_version
 from vllm_quantkit.formats._layout import (
     SCALE_DTYPES,
     check_below,
     decode_index,
     decode_transposed,
     encode_transposed,
+    unpack_rows,
 )
 from vllm_quantkit.formats.base import CheckpointTensor, Role
-from vllm_quantkit.spec import PER_CHANNEL, LayerRule, LayerRules, LayerShape, SchemeSpec, WeightSpec
+from vllm_quantkit.spec import (
+    LayerRules,
+    LayerShape,
+    SchemeSpec,
+)
 
-BITS = (2, 3, 4, 8)
-VERSIONS = ("gptq", "gptq_v2")
 TENSORS = ("qweight", "scales", "qzeros", "g_idx")
 
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """A word with 1 in each of its fields."""
-
-GROUP_SIZE = "a positive integer, or -1 for one scale per output channel"
-
-
-class Scheme(Fields):
-    """The keys that describe one layer; `dynamic` may override them by name."""
-
-    dialect: ClassVar[str] = "gptq"
-    allowed: ClassVar[Mapping[str, str]] = {
-        "bits": "one of the integers 2, 3, 4, 8",
-        "group_size": GROUP_SIZE,
-        "sym": "true or false",
-        "desc_act": "true or false",
-        "static_groups": "true or false",
-        "lm_head": "true or false",
-        "checkpoint_format": "'gptq' or 'gptq_v2'",
-        "format": "'gptq' or 'gptq_v2'",
-        "pack_dtype": "'int32'",
-        "is_marlin_format": "true or false",
-        "dynamic": "an object of '+:regex' or '-:regex' to an object of overrides, or null",
-        "modules_in_block_to_quantize": "a list of parts of layer names (or of such lists), or null",
-    }
-
-    bits: int = Field(ge=1)
-    group_size: int = Field(ge=-1)
-    sym: bool = True
-    desc_act: bool = False
-
-    def spec(self, version: str) -> SchemeSpec:
-        """These numerics, stored in format `version`.
-
-        Raises:
-            ConfigError: a group size of 0.
-            UnsupportedScheme: a number of bits that is not served.
-        """
-        if self.group_size == 0:
-            raise self.malformed("group_size", 0, GROUP_SIZE)
-        weight = WeightSpec(
-            bits=_served_bits(self.bits),
-            group_size=self.group_size,
-            symmetric=self.sym,
-            act_order=self.desc_act and self.group_size != PER_CHANNEL,
-        )
-        return SchemeSpec(dialect="gptq", weight=weight, variant=version)
-
-
-class GptqFields(Scheme):
-    """The keys of a GPTQ config that decide how it is stored."""
-
-    lm_head: bool = False
-    static_groups: bool = False
-    version: str | None = Field(
-        "gptq", validation_alias=AliasChoices("checkpoint_format", "format")
-    )
-    pack_dtype: str | None = "int32"
-    is_marlin_format: bool = False
-    dynamic: dict[str, dict[str, Any] | None] | None = None
-    modules_in_block_to_quantize: list[str | list[str]] | None = None
-
-    def served_version(self) -> str:
-        """`gptq` or `gptq_v2`.
-
-        Raises:
-            UnsupportedScheme: another layout.
-        """
-        if self.is_marlin_format:
-            raise _unserved_version("marlin")
-        if self.pack_dtype not in (None, "int32"):
-            raise self.unserved(
-                "pack_dtype", self.pack_dtype, "'int32'", "Quantise again with pack_dtype 'int32'."
-            )
-        return _served_version((self.version or "gptq").lower())
-
-    def listed(self) -> tuple[str, ...]:
-        """Every entry of `modules_in_block_to_quantize`, flat."""
-        flat: list[str] = []
-        for entry in self.modules_in_block_to_quantize or []:
-            flat.extend([entry] if isinstance(entry, str) else entry)
-        return tuple(flat)
 
 
 def parse(config: Mapping[str, Any]) -> LayerRules:
@@ -138,42 +60,7 @@ def parse(config: Mapping[str, Any]) -> LayerRules:
         ConfigError: a key is missing, has the wrong type or a value nothing can mean.
         UnsupportedScheme: the config is well formed but not served; says what to do.
     """
-    fields = GptqFields.read(config)
-    version = fields.served_version()
-    scheme = fields.spec(version)
-    return LayerRules(
-        rules=(*_unlisted(fields), *_overrides(fields, version)),
-        default=scheme,
-        lm_head=scheme if fields.lm_head else None,
-    )
-
-
-def _unlisted(fields: GptqFields) -> tuple[LayerRule, ...]:
-    """Rules for what stays in 16 bits whatever `dynamic` says."""
-    head = r"(?:.*\.)?lm_head\Z"
-    rules = []
-    if fields.dynamic and not fields.lm_head:
-        rules.append(LayerRule(pattern=head, scheme=None))
-    if listed := fields.listed():
-        any_listed = "|".join(re.escape(part) for part in listed)
-        rules.append(LayerRule(pattern=f"(?!{head})(?!.*(?:{any_listed}))", scheme=None))
-    return tuple(rules)
-
-
-def _overrides(fields: GptqFields, version: str) -> tuple[LayerRule, ...]:
-    rules = []
-    base = {name: getattr(fields, name) for name in Scheme.model_fields}
-    for key, overrides in (fields.dynamic or {}).items():
-        pattern = fields.regex(f"dynamic.{key}", key.removeprefix("-:").removeprefix("+:"))
-        if key.startswith("-:"):
-            rules.append(LayerRule(pattern=pattern, scheme=None))
-            continue
-        try:
-            scheme = Scheme.read({**base, **(overrides or {})}).spec(version)
-        except QuantkitError as error:
-            raise type(error)(f"In the rule {key!r} of 'dynamic': {error}") from None
-        rules.append(LayerRule(pattern=pattern, scheme=scheme))
-    return tuple(rules)
+    return GptqFields.read(config).rules()
 
 
 def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
@@ -185,25 +72,36 @@ def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]
         UnsupportedScheme: the spec is one that GPTQ cannot store.
     """
     weight, N, K = spec.weight, shape.out_features, shape.in_features
-    bits, G = _served_bits(weight.bits), weight.num_groups(K)
-    offset = 1 if _served_version(spec.variant or "gptq") == "gptq" else 0
+    bits, G = served_bits(weight.bits), weight.num_groups(K)
+    offset = 1 if served_version(spec.variant or "gptq") == "gptq" else 0
     return (
         CheckpointTensor(
-            "qweight", Role.CODES, (stream_words(K, bits), N), (torch.int32,),
-            partial(decode_codes, bits=bits, length=K), partial(encode_codes, bits=bits),
+            "qweight",
+            Role.CODES,
+            (stream_words(K, bits), N),
+            (torch.int32,),
+            partial(decode_codes, bits=bits, length=K),
+            partial(encode_codes, bits=bits),
         ),
         CheckpointTensor(
             "scales", Role.SCALES, (G, N), SCALE_DTYPES, decode_transposed, encode_transposed
         ),
         CheckpointTensor(
-            "qzeros", Role.ZEROS, (G, stream_words(N, bits)), (torch.int32,),
+            "qzeros",
+            Role.ZEROS,
+            (G, stream_words(N, bits)),
+            (torch.int32,),
             partial(decode_zeros, bits=bits, length=N, offset=offset),
             partial(encode_zeros, bits=bits, offset=offset),
             optional=weight.symmetric,
         ),
         CheckpointTensor(
-            "g_idx", Role.GROUP_INDEX, (K,), (torch.int32, torch.int64),
-            decode_index, decode_index,
+            "g_idx",
+            Role.GROUP_INDEX,
+            (K,),
+            (torch.int32, torch.int64),
+            decode_index,
+            decode_index,
             optional=not weight.act_order,
         ),
     )
@@ -245,7 +143,7 @@ def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
 
 def decode_codes(words: Tensor, bits: int, length: int) -> Tensor:
     """codes[n, k] = field k of stream words[:, n]: int32 [W, N] to uint8 [N, length]."""
-    return unpack_stream(words.t().contiguous(), bits, length).contiguous()
+    return unpack_rows(unpack_stream, words.t().contiguous(), bits, length)
 
 
 def encode_codes(codes: Tensor, bits: int) -> Tensor:
@@ -272,25 +170,3 @@ def encode_zeros(zeros: Tensor, bits: int, offset: int) -> Tensor:
         fields = (fields - offset) & (2**bits - 1)
     words = pack_stream(fields, bits)
     return words - ONES[bits] if offset and bits in ONES else words
-
-
-def _served_bits(bits: int) -> int:
-    if bits not in BITS:
-        raise GptqFields.unserved(
-            "bits", bits, "GPTQ with bits 2, 3, 4 or 8",
-            "Quantise again with one of these, or as 'compressed-tensors', which holds 2 to 8.",
-        )
-    return bits
-
-
-def _served_version(version: str) -> str:
-    if version not in VERSIONS:
-        raise _unserved_version(version)
-    return version
-
-
-def _unserved_version(version: str) -> UnsupportedScheme:
-    return GptqFields.unserved(
-        "checkpoint_format", version, "the layouts 'gptq' and 'gptq_v2'",
-        "Quantise again with checkpoint_format 'gptq_v2'.",
-    )

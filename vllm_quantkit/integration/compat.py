@@ -42,6 +42,21 @@ def loads_dummy_weights() -> bool:
     return str(get_current_vllm_config().load_config.load_format) == "dummy"
 
 
+def additional_config() -> Mapping[str, Any]:
+    """What the user gave to `--additional-config`."""
+    from vllm.config import get_current_vllm_config
+
+    given = get_current_vllm_config().additional_config
+    return given if isinstance(given, Mapping) else {}
+
+
+def is_pipeline_parallel() -> bool:
+    """True where this process holds only some of the model's layers."""
+    from vllm.distributed import get_pp_group
+
+    return bool(get_pp_group().world_size > 1)
+
+
 def serves(config: Mapping[str, Any], rules: LayerRules, hf_config: Any) -> bool:
     """True where this vLLM, on this platform, would serve the checkpoint itself.
 

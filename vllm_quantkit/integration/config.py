@@ -40,7 +40,7 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self.rules = rules
         self.names = LayerNames()
-        self.report = LoadReport(self.method_name)
+        self.report = LoadReport(self.method_name, self.names)
 
     @classmethod
     def method(cls) -> type[Method]:
@@ -93,7 +93,9 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Audit the checkpoint's headers before a weight is read."""
-        self.names.audit(model_name, revision, self.rules)
+        self.names.read(model_name, revision, self.rules)
+        text_config = getattr(hf_config, "text_config", hf_config)
+        self.report.num_layers = getattr(text_config, "num_hidden_layers", None)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Learn how the model renames the checkpoint's layers."""

@@ -73,7 +73,7 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """
         if not self._dummy:
             self._loader.check_complete()
-        self.report.received(self.partitions, self._loader.ledger)
+            self.report.check_bias(layer, self.partitions)
         parts = self._loader.parts(layer)
         for name in self._loader.names:
             delattr(layer, name)

@@ -1,28 +1,143 @@
-"""Which checkpoint layer a model's layer is, and what its headers say about it."""
+"""Which checkpoint layer a model's layer is, and what the checkpoint's headers say about it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from vllm.logger import init_logger
+
+from vllm_quantkit.checkpoint import CheckpointAudit, TensorHeader, audit, read_headers
+from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.spec import LayerRules, SchemeSpec
+
+logger = init_logger("vllm.quantkit")
+
+LAYER_INDEX = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+NAMES_SHOWN = 8
 
 
 class LayerNames:
-    """Checkpoint names and headers, seen from the model's names.
+    """Checkpoint layers, looked up by the names that vLLM's model gives them.
 
-    Rules speak of checkpoint layers. Models may rename them (`hf_to_vllm_mapper`), so names found
-    in the headers are mapped forward and looked up backward.
+    Rules and headers speak of checkpoint layers. A model may rename them
+    (`hf_to_vllm_mapper`), so names found in the headers are mapped forward once and looked up
+    backward. Without headers to read (weights not in safetensors, or random) the rules alone speak.
     """
 
     def __init__(self) -> None:
-        self._schemes: dict[str, SchemeSpec | None] = {}
+        self._headers: Mapping[str, TensorHeader] = {}
+        self._audit = CheckpointAudit({}, ())
+        self._by_model_name: dict[str, str] = {}
+        self._claimed: set[str] = set()
 
-    def audit(self, model: str, revision: str | None, rules: LayerRules) -> None:
-        pass
+    def read(self, model: str, revision: str | None, rules: LayerRules) -> None:
+        """Audit the headers of the checkpoint in folder, or cached hub model, `model`.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected, misshaped, mistyped or truncated.
+        """
+        folder = checkpoint_folder(model, revision)
+        if folder is None or not any(folder.glob("*.safetensors")):
+            logger.info("%s has no safetensors here; tensors are checked while they load.", model)
+            return
+        self._headers = read_headers(folder)
+        self._audit = audit(self._headers, rules)
+        names = (*self._audit.quantised, *self._audit.plain)
+        self._by_model_name = {name: name for name in names}
 
     def rename(self, mapper: Any) -> None:
-        pass
+        """Learn the model's names for the checkpoint's layers."""
+        for name in (*self._audit.quantised, *self._audit.plain):
+            renamed = mapper.apply_list([name])
+            if renamed:
+                self._by_model_name[renamed[0]] = name
 
     def scheme_for(self, name: str, rules: LayerRules) -> SchemeSpec | None:
-        return rules.scheme_for(name)
+        """The scheme of the model's layer `name`; the checkpoint's tensors outrank its rules."""
+        stored = self.checkpoint_name(name)
+        if stored is None:
+            return rules.scheme_for(name)
+        layer = self._audit.quantised.get(stored)
+        if layer is None:
+            return None
+        self._claimed.add(stored)
+        return layer.spec
+
+    def checkpoint_name(self, name: str) -> str | None:
+        """The checkpoint's name of the model's layer; None where the headers do not have it.
+
+        Checkpoints of a bare backbone lack the model's first component (GPT-2's `transformer.`).
+        """
+        return self._by_model_name.get(name) or self._by_model_name.get(name.partition(".")[2])
+
+    def check_no_bias(self, name: str) -> None:
+        """The checkpoint has no bias for a layer whose model has none, or one that is zero.
+
+        vLLM ignores such a bias, which some producers write as zeros.
+
+        Raises:
+            CheckpointError: the bias is not zero, so ignoring it would change the model.
+        """
+        bias = f"{self.checkpoint_name(name)}.bias"
+        header = self._headers.get(bias)
+        if header is None:
+            return
+        with safe_open(header.file, "pt") as file:
+            if file.get_tensor(bias).any():
+                raise CheckpointError(
+                    f"{bias} in {header.file} is not zero, but the model's layer {name} has no "
+                    f"bias. Set the bias option in config.json (attention_bias, mlp_bias), or "
+                    f"save the model without it."
+                )
+
+    def check_all_claimed(self, num_layers: int | None, ignored: tuple[str, ...]) -> None:
+        """Every quantised checkpoint layer belongs to a layer of the model.
+
+        Layers behind the model's last one (multi-token prediction heads) are not part of it.
+
+        Args:
+            num_layers: decoder layers of the model.
+            ignored: regular expressions of names that need no owner.
+
+        Raises:
+            CheckpointError: names the layers nobody claimed.
+        """
+        orphans = [
+            name
+            for name in self._audit.quantised
+            if name not in self._claimed
+            and not _behind_last_layer(name, num_layers)
+            and not any(re.match(pattern, name) for pattern in ignored)
+        ]
+        if orphans:
+            raise CheckpointError(
+                f"no layer of the model takes {shorten(orphans)} from the checkpoint. If that is "
+                f'meant, start with --additional-config \'{{"quantkit": {{"ignore_layers": '
+                f'["REGEX"]}}}}\'; if not, config.json describes another model.'
+            )
+
+
+def checkpoint_folder(model: str, revision: str | None) -> Path | None:
+    """The folder of a model given by path, or by hub name if it is downloaded already."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def shorten(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(names[:NAMES_SHOWN])
+    rest = len(names) - NAMES_SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def _behind_last_layer(name: str, num_layers: int | None) -> bool:
+    found = LAYER_INDEX.search(f".{name}.")
+    return found is not None and num_layers is not None and int(found[1]) >= num_layers

@@ -1,4 +1,4 @@
-"""What loading did, said once: kernels, layers left in 16 bits, tensors nobody consumed."""
+"""What loading did, said once: kernels, layers left in 16 bits, layers nobody took."""
 
 from __future__ import annotations
 
@@ -6,48 +6,66 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from torch import nn
 from vllm.logger import init_logger
 
-from vllm_quantkit.integration.loading import Ledger
+from vllm_quantkit.integration import compat
+from vllm_quantkit.integration.names import LayerNames, shorten
+from vllm_quantkit.options import Options, read_options
 
 # vLLM formats and levels only loggers below its own name.
 logger = init_logger("vllm.quantkit")
 
-NAMES_SHOWN = 8
-
 
 @dataclass
 class LoadReport:
-    """Counts a model's layers while it loads and speaks when the last one is ready.
+    """Counts a model's layers while it loads; checks and speaks when the last one is ready.
 
     Attributes:
         method: the name given to `--quantization`.
+        names: the checkpoint's layers.
+        num_layers: decoder layers of the model.
     """
 
     method: str
+    names: LayerNames
+    num_layers: int | None = None
     _expected: set[str] = field(default_factory=set)
     _ready: dict[str, str] = field(default_factory=dict)
     _unquantized: list[str] = field(default_factory=list)
-    _received: set[str] = field(default_factory=set)
+    _options: Options | None = None
+    _told: bool = False
 
     def expect(self, prefix: str) -> None:
-        """A quantised layer was created."""
+        """A quantised layer was created. Options are read here, before any weight is."""
         self._expected.add(prefix)
+        if self._options is None:
+            self._options = read_options(compat.additional_config())
 
     def leave_unquantized(self, prefix: str) -> None:
         """A linear layer stays in 16 bits."""
         self._unquantized.append(prefix)
 
-    def received(self, partitions: Iterable[str], ledger: Ledger) -> None:
-        """Checkpoint layers whose tensors arrived."""
-        if ledger.received:
-            self._received.update(partitions)
+    def check_bias(self, layer: nn.Module, partitions: Iterable[str]) -> None:
+        """No checkpoint bias is lost, see `LayerNames.check_no_bias`."""
+        if getattr(layer, "bias", None) is None:
+            for name in partitions:
+                self.names.check_no_bias(name)
 
     def ready(self, prefix: str, kernel: str) -> None:
-        """A layer is packed; after the last one the summary is logged."""
+        """A layer is packed. After the last one, once, the audit is closed and summarised.
+
+        Raises:
+            CheckpointError: the checkpoint has quantised layers that the model did not take.
+        """
         self._ready[prefix] = kernel
-        if self._expected == self._ready.keys():
-            self._summarise()
+        if self._told or self._expected != self._ready.keys():
+            return
+        self._told = True  # a reload passes here again
+        # A pipeline stage takes its own layers only.
+        if self._options is not None and not compat.is_pipeline_parallel():
+            self.names.check_all_claimed(self.num_layers, self._options.ignore_layers)
+        self._summarise()
 
     def _summarise(self) -> None:
         for kernel, count in Counter(self._ready.values()).most_common():
@@ -59,10 +77,3 @@ class LoadReport:
                 len(self._unquantized),
                 shorten(self._unquantized),
             )
-
-
-def shorten(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    shown = ", ".join(names[:NAMES_SHOWN])
-    rest = len(names) - NAMES_SHOWN
-    return f"{shown} and {rest} more" if rest > 0 else shown

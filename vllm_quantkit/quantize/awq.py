@@ -53,7 +53,7 @@ def awq_scales(
     repeats: int = 1,
     width: int = 1,
 ) -> Tensor:
-    """s = argmin over alpha of sum_W tr(E H E^T), E = W - rtn(W s) / s, s = a^alpha / w^(1 - alpha).
+    """The s = a^alpha / w^(1 - alpha) of least sum_W tr(E H E^T), E = W - rtn(W s) / s.
 
     a is the channel's mean |x|, w its mean weight relative to its group's largest. s = 1 is tried
     too, so the result is never worse than rounding to nearest.
@@ -100,7 +100,7 @@ def fold(
     repeats: int = 1,
     width: int = 1,
 ) -> None:
-    """previous output / s, consumer weight * s: the same function, with other numbers to round.
+    """Divides the previous output by s and multiplies the weights by s: the same function.
 
     What will be stored in 16 bits is rounded here, and the consumers take the rounded scale.
 
@@ -113,7 +113,7 @@ def fold(
         width: as in `awq_scales`.
     """
     per_output = scales.view(-1, repeats, width)[:, 0].flatten()
-    weight, bias = previous.weight, getattr(previous, "bias", None)
+    weight = previous.get_parameter("weight")
     if weight.dim() == 1:
         divided = (weight / per_output).to(dtype).to(weight.dtype)
         per_output = torch.where(divided == 0, per_output, weight / divided)
@@ -121,10 +121,11 @@ def fold(
     else:
         divided = weight / per_output[:, None]
     weight.copy_(divided)
-    if bias is not None:
+    if getattr(previous, "bias", None) is not None:
+        bias = previous.get_parameter("bias")
         bias.copy_((bias / per_output).to(dtype))
     for consumer in consumers:
-        consumer.weight.mul_(scales)
+        consumer.get_parameter("weight").mul_(scales)
 
 
 def _relative_magnitude(weight: Tensor, spec: WeightSpec) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from vllm_quantkit.errors import QuantkitError
 
@@ -27,14 +28,16 @@ class InputStats:
     mean_abs: Tensor
 
 
-def token_windows(text: str, tokenizer: Any, *, count: int, length: int, seed: int = 0) -> Tensor:
+def token_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int = 0
+) -> Tensor:
     """int64 [count, length]: windows of `text` at seeded random places, in random order.
 
     Each starts with the special tokens that the tokenizer puts before a prompt.
 
     Args:
         text: calibration text.
-        tokenizer: a transformers tokenizer.
+        tokenizer: of the model that is calibrated.
         count: windows; no two overlap.
         length: tokens in each, the special ones included.
         seed: of the choice.
@@ -66,7 +69,9 @@ class BlockInputs:
             outputs to go on to the next.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Tensor]):
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Tensor]
+    ) -> None:
         """Runs the model over `batches` (int64 [B, T]) once and keeps what its blocks are given."""
         self.hidden: list[Tensor] = []
         self._arguments: list[list[tuple[Any, dict[str, Any]]]] = [[] for _ in blocks]

@@ -27,6 +27,16 @@ Exchange = Mapping[str, Mapping[str, Tensor]]
 """Name of a source tensor to the tensors, by full name, that take its place."""
 
 
+def refuse_existing(out: Path) -> None:
+    """Nothing is overwritten.
+
+    Raises:
+        CheckpointError: `out` exists.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} already exists: remove it, or write to another folder.")
+
+
 def encode_layer(weight: IntWeight, scheme: SchemeSpec) -> dict[str, Tensor]:
     """The tensors of a layer as its dialect stores them, by their name behind the layer's."""
     out_features, in_features = weight.codes.shape
@@ -57,7 +67,7 @@ def exchange_layers(
 def write_checkpoint(
     source: Path, out: Path, exchange: Exchange, config: Mapping[str, Any]
 ) -> None:
-    """out = source, with the tensors that `exchange` names replaced and config.json updated.
+    """`out` = `source` with the tensors that `exchange` names replaced and config.json updated.
 
     Weight files keep their names and division; they are read one at a time. `out` appears in one
     step when it is complete.
@@ -71,8 +81,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: `out` exists, `source` has no safetensors, or lacks a tensor to replace.
     """
-    if out.exists():
-        raise CheckpointError(f"{out} already exists: remove it, or write to another folder.")
+    refuse_existing(out)
     files = {path: _tensor_names(path) for path in sorted(source.glob("*.safetensors"))}
     _check_present(source, files, exchange)
     partial = out.with_name(out.name + ".partial")

@@ -101,7 +101,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0:
             identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return inverse.flip(0, 1)
         damping = max(damping, 1e-4) * 10
     raise QuantkitError(
         f"the Hessian is not positive definite even with damping {damping / 10:.3g}; it must be a "

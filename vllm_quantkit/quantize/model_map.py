@@ -58,7 +58,7 @@ def model_map(model_type: str) -> ModelMap:
     """
     if model_type not in MODEL_MAPS:
         raise UnsupportedScheme(
-            f"models of type {model_type!r} cannot be quantised yet; those of type "
-            f"{', '.join(sorted(MODEL_MAPS))} can. A new type is one entry in {__name__}.MODEL_MAPS."
+            f"models of type {model_type!r} cannot be quantised yet, only those of type "
+            f"{', '.join(sorted(MODEL_MAPS))}; a new type is one entry in {__name__}.MODEL_MAPS."
         )
     return MODEL_MAPS[model_type]

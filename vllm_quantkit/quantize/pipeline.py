@@ -11,21 +11,20 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from quantkit_kernels.wna16 import IntWeight
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from vllm_quantkit.errors import QuantkitError
 from vllm_quantkit.formats import get_format
 from vllm_quantkit.quantize.awq import awq_scales, fold
 from vllm_quantkit.quantize.calibration import BlockInputs, InputStats, input_stats
-from vllm_quantkit.quantize.checkpoint import exchange_layers, write_checkpoint
+from vllm_quantkit.quantize.checkpoint import exchange_layers, refuse_existing, write_checkpoint
 from vllm_quantkit.quantize.methods import Method
 from vllm_quantkit.quantize.model_map import ModelMap, Stage, model_map
-from vllm_quantkit.spec import SchemeSpec
+from vllm_quantkit.spec import SchemeSpec, WeightSpec
 
 
 @dataclass
@@ -47,18 +46,18 @@ def quantize_folder(
     source: Path,
     out: Path,
     scheme: SchemeSpec,
-    method: Method,
+    method: Callable[[WeightSpec], Method],
     batches: Iterable[Tensor],
     *,
     progress: Callable[[str, float], None] = lambda name, error: None,
-) -> tuple[nn.Module, Quantized]:
-    """out = the checkpoint of `source`, its decoder blocks' linear layers as `scheme` stores them.
+) -> tuple[PreTrainedModel, Quantized]:
+    """`out` = `source` with the decoder blocks' linear layers as `scheme` stores them.
 
     Args:
         source: a transformers model folder.
         out: must not exist.
-        scheme: how layers are stored; its weight numerics are the method's.
-        method: rounds the weights.
+        scheme: how layers are stored.
+        method: one of `METHODS`; rounds the weights to the scheme's numerics.
         batches: int64 [B, T] token ids to calibrate on.
         progress: called with each layer's name and relative output error.
 
@@ -69,10 +68,11 @@ def quantize_folder(
         QuantkitError: the model's type is unknown, or a weight cannot be quantised.
         CheckpointError: `out` exists, or `source` does not hold what the model has.
     """
+    refuse_existing(out)
     stored = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     dtype = stored.dtype
     model = stored.float().eval()
-    result = quantize_model(model, method, batches, dtype=dtype, progress=progress)
+    result = quantize_model(model, method(scheme.weight), batches, dtype=dtype, progress=progress)
     changed = {name: {name: value.to(dtype)} for name, value in result.changed.items()}
     exchange = exchange_layers(result.layers, scheme) | changed
     keep = model_map(model.config.model_type).keep
@@ -82,7 +82,7 @@ def quantize_folder(
 
 
 def quantize_model(
-    model: Any,
+    model: PreTrainedModel,
     method: Method,
     batches: Iterable[Tensor],
     *,
@@ -92,7 +92,7 @@ def quantize_model(
     """Replaces the blocks' linear weights by their dequantised codes, in place.
 
     Args:
-        model: a transformers causal language model in float32.
+        model: a causal language model in float32.
         method: rounds the weights.
         batches: int64 [B, T] token ids to calibrate on.
         dtype: what the checkpoint stores unquantised parameters in.
@@ -198,6 +198,7 @@ def _stage_stats(
     return list(input_stats(run, layers).values())
 
 
-def _head_width(config: Any) -> int:
+def _head_width(config: PreTrainedConfig) -> int:
     """Channels of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    stated = getattr(config, "head_dim", None)
+    return int(stated or config.hidden_size // config.num_attention_heads)

