@@ -7,37 +7,39 @@ import math
 import os
 import sys
 import time
+from itertools import chain
 from typing import Any, TextIO
 
 WARM_UP_TOKENS = 8
-PROMPT = 16
+PROMPT_TOKENS = 16
 
 
 def main() -> None:
     """Start the engine described by the first argument, then answer until input ends."""
-    answers = _claim_stdout()
-    spec = json.loads(sys.argv[1])
-    engine = _start(spec)
-    _answer(answers, ready=True)
+    answers = claim_stdout()
+    engine = start(json.loads(sys.argv[1]))
+    send(answers, ready=True)
     operations = {"perplexity": _perplexity, "decode": _decode}
     for line in sys.stdin:
         request = json.loads(line)
-        _answer(answers, **operations[request.pop("op")](engine, **request))
+        send(answers, **operations[request.pop("op")](engine, **request))
 
 
-def _claim_stdout() -> TextIO:
+def claim_stdout() -> TextIO:
     """Keep the real stdout for answers and send everything printed to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
 
 
-def _answer(answers: TextIO, **answer: Any) -> None:
+def send(answers: TextIO, **answer: Any) -> None:
+    """One answer, one line."""
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
 
 
-def _start(spec: dict[str, Any]) -> Any:
+def start(spec: dict[str, Any]) -> Any:
+    """A `vllm.LLM` for the fields of an `EngineSpec`."""
     from vllm import LLM
 
     options = {"disable_log_stats": True, "seed": 0, **dict(spec["options"])}
@@ -49,42 +51,62 @@ def _start(spec: dict[str, Any]) -> Any:
     )
 
 
-def _perplexity(engine: Any, text: str, max_tokens: int) -> dict[str, Any]:
+def score(engine: Any, prompts: list[list[int]]) -> list[list[float]]:
+    """log p(token | tokens before it) for every token but the first of each prompt."""
     from vllm import SamplingParams
 
+    outputs = engine.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
+        use_tqdm=False,
+    )
+    return [
+        [
+            position[token].logprob
+            for token, position in zip(
+                output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+            )
+        ]
+        for output in outputs
+    ]
+
+
+def generate(engine: Any, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """Exactly `max_tokens` greedy tokens after each prompt."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=max_tokens,
+        ignore_eos=True,
+        temperature=0,
+        detokenize=False,
+    )
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = engine.generate(requests, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def _perplexity(engine: Any, text: str, max_tokens: int) -> dict[str, Any]:
     length = engine.llm_engine.model_config.max_model_len - 1
     tokens = engine.get_tokenizer().encode(text, add_special_tokens=False)[:max_tokens]
     windows = [tokens[i : i + length] for i in range(0, len(tokens) - 1, length)]
-    prompts = [{"prompt_token_ids": window} for window in windows if len(window) > 1]
-    outputs = engine.generate(
-        prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False
-    )
-    scores = [
-        position[token].logprob
-        for output in outputs
-        for token, position in zip(
-            output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
-        )
-    ]
+    scored = score(engine, [window for window in windows if len(window) > 1])
+    scores = list(chain.from_iterable(scored))
     return {"perplexity": math.exp(-sum(scores) / len(scores)), "tokens": len(scores)}
 
 
 def _decode(engine: Any, batch: int, tokens: int) -> dict[str, Any]:
-    from vllm import SamplingParams
+    prompts = [[5 + i] * PROMPT_TOKENS for i in range(batch)]
 
-    prompts = [{"prompt_token_ids": [5 + i] * PROMPT} for i in range(batch)]
-
-    def run(count: int) -> float:
-        params = SamplingParams(
-            max_tokens=count, min_tokens=count, ignore_eos=True, temperature=0, detokenize=False
-        )
+    def seconds(count: int) -> float:
         start = time.perf_counter()
-        engine.generate(prompts, params, use_tqdm=False)
+        generate(engine, prompts, count)
         return time.perf_counter() - start
 
-    run(WARM_UP_TOKENS)
+    seconds(WARM_UP_TOKENS)
     # The difference of two lengths leaves prefill and request handling out.
-    short, full = run(1), run(tokens + 1)
+    short, full = seconds(1), seconds(tokens + 1)
     return {"tokens_per_second": batch * tokens / (full - short)}
 
 

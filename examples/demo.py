@@ -28,7 +28,9 @@ GPU_SHARE = 0.25
 
 def main() -> int:
     """Run the demo; 0 where every part worked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", default="examples/tiny-lm", help="folder or hub name")
     model = parser.parse_args().model
     try:

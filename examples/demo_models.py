@@ -74,6 +74,15 @@ def _download(model: str, progress: Callable[[str], None]) -> Path:
 def _quantize(source: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     script = TINY_LM / "quantize.py"
-    command = [sys.executable, str(script), "--model", str(source), "--scheme", "awq", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(script),
+        "--model",
+        str(source),
+        "--scheme",
+        "awq",
+        "--out",
+        str(out),
+    ]
     if subprocess.run(command, env={**os.environ}, check=False).returncode != 0:
         raise ValueError(f"{source} could not be quantised; the lines above say why.")

@@ -98,7 +98,9 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=2) as reply:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self._port}/health", timeout=2
+            ) as reply:
                 return bool(reply.status == 200)
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False

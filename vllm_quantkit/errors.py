@@ -1,9 +1,9 @@
 """Errors a user can meet, each one full sentence with the value seen and the fix.
 
-    QuantkitError (ValueError)
-    ├── ConfigError          a quantisation config is malformed: missing key, wrong type, bad value
-    ├── UnsupportedScheme    a well-formed config asks for what is not served
-    └── CheckpointError      a tensor is missing, duplicated, misshaped, mistyped or corrupt
+QuantkitError (ValueError)
+├── ConfigError          a quantisation config is malformed: missing key, wrong type, bad value
+├── UnsupportedScheme    a well-formed config asks for what is not served
+└── CheckpointError      a tensor is missing, duplicated, misshaped, mistyped or corrupt
 """
 
 

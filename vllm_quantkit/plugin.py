@@ -17,6 +17,8 @@ def register() -> None:
     try:
         from vllm_quantkit.integration.registration import register_all
     except ImportError:
-        logger.exception("quantkit: this vLLM lacks what the plugin needs; no method is registered.")
+        logger.exception(
+            "quantkit: this vLLM lacks what the plugin needs; no method is registered."
+        )
         return
     register_all()

@@ -97,7 +97,7 @@ class LayerRules(Frozen):
         for rule in self.rules:
             if rule.matches(name):
                 return rule.scheme
-        return self.lm_head if name.split(".")[-1] == "lm_head" else self.default
+        return self.lm_head if name.rpartition(".")[2] == "lm_head" else self.default
 
     @cached_property
     def schemes(self) -> tuple[SchemeSpec, ...]:

@@ -34,7 +34,8 @@ class AwqFields(Fields):
     bits: int = Field(ge=1, validation_alias=AliasChoices("bits", "w_bit"))
     group_size: int = Field(ge=-1, validation_alias=AliasChoices("group_size", "q_group_size"))
     zero_point: bool = True
-    version: str | None = Field("gemm", validation_alias=AliasChoices("version", "format"))
+    version: str | None = None
+    format: str | None = None
     modules_to_not_convert: list[str] | None = None
     lm_head: bool = False
     dynamic: dict[str, Any] | None = None
@@ -60,7 +61,7 @@ class AwqFields(Fields):
             group_size=self.group_size,
             symmetric=not self.zero_point,
         )
-        version = (self.version or "gemm").lower()
+        version = (self.version or self.format or "gemm").lower()
         return SchemeSpec(dialect="awq", weight=weight, variant=served_version(version))
 
     def rules(self) -> LayerRules:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import AliasChoices, Field
+from pydantic import Field
 
 from vllm_quantkit.errors import QuantkitError, UnsupportedScheme
 from vllm_quantkit.formats._fields import Fields
@@ -65,9 +65,8 @@ class GptqFields(Scheme):
 
     lm_head: bool = False
     static_groups: bool = False
-    version: str | None = Field(
-        "gptq", validation_alias=AliasChoices("checkpoint_format", "format")
-    )
+    checkpoint_format: str | None = None
+    format: str | None = None
     pack_dtype: str | None = "int32"
     is_marlin_format: bool = False
     dynamic: dict[str, dict[str, Any] | None] | None = None
@@ -85,7 +84,7 @@ class GptqFields(Scheme):
             raise self.unserved(
                 "pack_dtype", self.pack_dtype, "'int32'", "Quantise again with pack_dtype 'int32'."
             )
-        return served_version((self.version or "gptq").lower())
+        return served_version((self.checkpoint_format or self.format or "gptq").lower())
 
     def listed(self) -> tuple[str, ...]:
         """Every entry of `modules_in_block_to_quantize`, flat."""

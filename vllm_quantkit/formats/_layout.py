@@ -27,12 +27,12 @@ def unpack_rows(
 
 def decode_transposed(stored: Tensor) -> Tensor:
     """scales[n, g] = stored[g, n], in float32."""
-    return stored.t().to(torch.float32).contiguous()
+    return stored.t().to(torch.float32, copy=True).contiguous()
 
 
 def encode_transposed(scales: Tensor) -> Tensor:
     """stored[g, n] = scales[n, g], in float16."""
-    return scales.t().to(torch.float16).contiguous()
+    return scales.t().to(torch.float16, copy=True).contiguous()
 
 
 def decode_index(stored: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from quantkit_kernels.packing import pack_aligned, unpack_aligned
 from torch import Tensor
 
+from quantkit_kernels.packing import pack_aligned, unpack_aligned
 from vllm_quantkit.errors import UnsupportedScheme
 from vllm_quantkit.formats._awq_config import BITS, AwqFields, served_bits, served_version
 from vllm_quantkit.formats._layout import (
@@ -206,7 +206,7 @@ def _unpack(words: Tensor, length: int) -> Tensor:
 
 
 def _decode_gemv_scales(stored: Tensor, groups: int) -> Tensor:
-    return stored[:, :groups].to(torch.float32).contiguous()
+    return stored[:, :groups].to(torch.float32, copy=True).contiguous()
 
 
 def _encode_gemv_scales(scales: Tensor, width: int) -> Tensor:

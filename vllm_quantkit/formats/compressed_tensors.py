@@ -27,9 +27,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from quantkit_kernels.packing import WORD_BITS, aligned_words, pack_aligned, unpack_aligned
 from torch import Tensor
 
+from quantkit_kernels.packing import WORD_BITS, aligned_words, pack_aligned, unpack_aligned
 from vllm_quantkit.formats._compressed_tensors_config import (
     DIALECT,
     FORMAT,

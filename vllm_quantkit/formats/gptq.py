@@ -24,9 +24,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from quantkit_kernels.packing import WORD_BITS, pack_stream, stream_words, unpack_stream
 from torch import Tensor
 
+from quantkit_kernels.packing import WORD_BITS, pack_stream, stream_words, unpack_stream
 from vllm_quantkit.formats._fields import as_pattern
 from vllm_quantkit.formats._gptq_config import GptqFields, served_bits, served_version
 from vllm_quantkit.formats._layout import (

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.integration import compat
-from vllm_quantkit.integration.loading import LayerLoader, RankShare
+from vllm_quantkit.integration.loading import LayerLoader
 from vllm_quantkit.integration.report import LoadReport
+from vllm_quantkit.integration.sharding import RankShare
 from vllm_quantkit.schemes import LinearScheme
 from vllm_quantkit.schemes.base import LinearKernel, PackedLayer
 
@@ -42,7 +43,7 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -51,7 +52,7 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         """Register the checkpoint's tensors as parameters holding this rank's canonical share."""
-        layer.params_dtype = params_dtype
+        self._dtype = params_dtype
         sharded = input_size_per_partition != input_size
         share = RankShare(
             prefix=self.prefix,
@@ -65,7 +66,7 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.report.expect(self.prefix)
         self._dummy = compat.loads_dummy_weights()
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Replace the canonical parameters by the kernel's layout.
 
         Raises:
@@ -78,13 +79,12 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for name in self._loader.names:
             delattr(layer, name)
         self._segments = tuple(
-            self._install(layer, i, self._pack(layer, canonical))
-            for i, (_, canonical) in enumerate(parts)
+            self._install(layer, i, self._pack(canonical)) for i, canonical in enumerate(parts)
         )
         self._loader.ledger.received.clear()
         self.report.ready(self.prefix, self._segments[0].kernel.name)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = x W^T + b, one product for each range of rows that shares an input order."""
         if len(self._segments) == 1:
             return self._segments[0].apply(layer, x, bias)
@@ -97,13 +97,13 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return self.partitions
         return tuple(f"{self.prefix}[{i}]" for i in range(count))
 
-    def _pack(self, layer: nn.Module, canonical: dict[Any, Tensor]) -> PackedLayer:
+    def _pack(self, canonical: dict[Any, Tensor]) -> PackedLayer:
         try:
-            return self.scheme.pack(canonical, layer.params_dtype)
+            return self.scheme.pack(canonical, self._dtype)
         except ValueError as error:
             raise CheckpointError(f"layer {self.prefix} cannot be served: {error}.") from error
 
-    def _install(self, layer: nn.Module, index: int, packed: PackedLayer) -> Segment:
+    def _install(self, layer: Any, index: int, packed: PackedLayer) -> Segment:
         suffix = f"_{index}" if index else ""
         for name, tensor in packed.tensors.items():
             layer.register_parameter(name + suffix, Parameter(tensor, requires_grad=False))
@@ -117,7 +117,7 @@ class Segment:
         self.kernel = kernel
         self._attributes = {name: name + suffix for name in names}
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """The kernel's product, its tensors read from the layer."""
         tensors = {name: getattr(layer, attr) for name, attr in self._attributes.items()}
         return self.kernel.apply(x, tensors, bias)

@@ -6,60 +6,25 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter
 
 from quantkit_kernels.packing import pack_stream, stream_words, unpack_stream
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.formats import CheckpointTensor, Role
+from vllm_quantkit.integration.sharding import (
+    QKV,
+    RankShare,
+    ShardId,
+    expected_outputs,
+    load_rows,
+)
 from vllm_quantkit.schemes import LinearScheme
 from vllm_quantkit.spec import PER_CHANNEL, LayerShape
-
-ShardId = str | int | tuple[int, ...] | None
-"""Which part of a merged layer a tensor is: `q`, an index, several of them, or all (None)."""
-
-QKV = ("q", "k", "v")
-
-
-@dataclass(frozen=True)
-class RankShare:
-    """The part of a layer that one tensor-parallel rank holds.
-
-    Attributes:
-        prefix: the layer's name in the model.
-        partitions: names of the checkpoint layers merged into this one, in order.
-        partition_rows: rows of this rank in each partition.
-        in_start: first input channel of this rank.
-        in_features: input channels of this rank.
-        full_in_features: input channels of the whole layer.
-    """
-
-    prefix: str
-    partitions: tuple[str, ...]
-    partition_rows: tuple[int, ...]
-    in_start: int
-    in_features: int
-    full_in_features: int
-
-    @property
-    def out_features(self) -> int:
-        """Rows of this rank, over all partitions."""
-        return sum(self.partition_rows)
-
-    @property
-    def row_ranges(self) -> list[slice]:
-        """This rank's rows of each partition."""
-        ends = list(accumulate(self.partition_rows))
-        return [slice(end - n, end) for end, n in zip(ends, self.partition_rows, strict=True)]
-
-    def inputs(self, tensor: Tensor) -> Tensor:
-        """This rank's slice of the last dimension."""
-        return tensor[..., self.in_start : self.in_start + self.in_features]
 
 
 @dataclass
@@ -80,7 +45,7 @@ class LayerLoader:
     channels, never of packed words, and stored canonically: any shard boundary is served.
     """
 
-    def __init__(self, layer: nn.Module, scheme: LinearScheme, share: RankShare) -> None:
+    def __init__(self, layer: Any, scheme: LinearScheme, share: RankShare) -> None:
         self._layer = weakref.ref(layer)
         self._scheme = scheme
         self._share = share
@@ -93,11 +58,10 @@ class LayerLoader:
         """Parameter names, as in the checkpoint."""
         return tuple(tensor.name for tensor in self._tensors(None))
 
-    def parts(self, layer: nn.Module) -> list[tuple[slice, dict[Role, Tensor]]]:
-        """Canonical tensors by role, for each range of rows that shares one group index."""
+    def parts(self, layer: Any) -> list[dict[Role, Tensor]]:
+        """Canonical tensors by role, for each run of rows that shares one group index."""
         spec = self._scheme.spec.weight
         params = {t.role: getattr(layer, t.name).data for t in self._tensors(None)}
-        rows = params[Role.CODES].shape[0]
         index = params.get(Role.GROUP_INDEX, self._natural_index(params[Role.CODES].device))
         zeros = params.get(Role.ZEROS)
         if zeros is None:
@@ -105,10 +69,10 @@ class LayerLoader:
         codes = unpack_stream(params[Role.CODES], spec.bits, self._share.in_features)
         whole = {Role.CODES: codes, Role.SCALES: params[Role.SCALES], Role.ZEROS: zeros}
         if all(torch.equal(row, index[0]) for row in index[1:]):
-            return [(slice(0, rows), {**whole, Role.GROUP_INDEX: index[0]})]
+            return [{**whole, Role.GROUP_INDEX: index[0]}]
         return [
-            (part, {**{r: t[part] for r, t in whole.items()}, Role.GROUP_INDEX: row})
-            for part, row in zip(self._share.row_ranges, index, strict=True)
+            {**{role: tensor[rows] for role, tensor in whole.items()}, Role.GROUP_INDEX: channels}
+            for rows, channels in zip(self._share.row_ranges, index, strict=True)
         ]
 
     def check_complete(self) -> None:
@@ -124,9 +88,15 @@ class LayerLoader:
         ]
         if missing:
             raise CheckpointError(
-                f"the checkpoint lacks {', '.join(missing)}, which layer {self._share.prefix} needs; "
+                f"the checkpoint lacks {', '.join(missing)}, needed by {self._share.prefix}; "
                 f"the file is incomplete or its quantization_config describes another model."
             )
+
+    def _owner(self) -> Any:
+        """The layer; held weakly because its parameters hold this loader."""
+        layer = self._layer()
+        assert layer is not None
+        return layer
 
     def _missing_partitions(self, tensor: CheckpointTensor) -> list[str]:
         shards = self.ledger.shards(tensor.name)
@@ -136,13 +106,12 @@ class LayerLoader:
         return [name for i, name in enumerate(self._share.partitions) if i not in received]
 
     def _tensors(self, shard: ShardId) -> tuple[CheckpointTensor, ...]:
-        layer = self._layer()
-        assert layer is not None
+        layer = self._owner()
         rows = expected_outputs(layer, shard)
         shape = LayerShape(out_features=rows, in_features=self._share.full_in_features)
         return self._scheme.tensors(shape)
 
-    def _parameter(self, tensor: CheckpointTensor) -> Parameter:
+    def _parameter(self, tensor: CheckpointTensor) -> Any:
         """An unfilled parameter in canonical form; optional ones hold their default."""
         share, spec = self._share, self._scheme.spec.weight
         load = self._loader(tensor.name)
@@ -153,7 +122,8 @@ class LayerLoader:
         elif tensor.role is Role.SCALES:
             data = torch.full((share.out_features, groups), torch.nan, dtype=torch.float32)
         elif tensor.role is Role.ZEROS:
-            data = torch.full((share.out_features, groups), 2 ** (spec.bits - 1), dtype=torch.int32)
+            middle = 2 ** (spec.bits - 1)
+            data = torch.full((share.out_features, groups), middle, dtype=torch.int32)
         elif tensor.role is Role.GROUP_INDEX:
             index = self._natural_index(torch.get_default_device())
             return BasevLLMParameter(data=index, weight_loader=load)
@@ -178,8 +148,7 @@ class LayerLoader:
         return weight_loader
 
     def _load(self, param: Parameter, name: str, loaded: Tensor, shard: ShardId) -> None:
-        layer = self._layer()
-        assert layer is not None
+        layer = self._owner()
         tensor = next(t for t in self._tensors(shard) if t.name == name)
         label = f"{self._label(shard)}.{name}"
         check_tensor(label, loaded, tensor)
@@ -210,8 +179,7 @@ class LayerLoader:
             )
 
     def _check_shape(self, label: str, stored: Tensor, shard: ShardId) -> None:
-        layer = self._layer()
-        assert layer is not None
+        layer = self._owner()
         expected = [expected_outputs(layer, shard), self._share.full_in_features]
         if stored.tolist() != expected:
             raise CheckpointError(
@@ -234,23 +202,6 @@ class LayerLoader:
         return self._share.prefix
 
 
-def expected_outputs(layer: nn.Module, shard: ShardId) -> int:
-    """Rows of the checkpoint tensor for a shard of a layer, over all ranks."""
-    if isinstance(layer, ParallelLMHead):
-        return int(layer.org_vocab_size)
-    if hasattr(layer, "total_num_kv_heads"):
-        key_size, value_size = layer.head_size, getattr(layer, "v_head_size", layer.head_size)
-        sizes = {
-            "q": layer.total_num_heads * key_size,
-            "k": layer.total_num_kv_heads * key_size,
-            "v": layer.total_num_kv_heads * value_size,
-        }
-        return int(sum(sizes.values()) if shard is None else sizes[str(shard)])
-    if isinstance(shard, tuple):
-        return int(sum(layer.output_sizes[i] for i in shard))
-    return int(layer.output_size if shard is None else layer.output_sizes[shard])
-
-
 def check_tensor(label: str, found: Tensor, expected: CheckpointTensor) -> None:
     """The tensor has the shape and dtype its dialect gives it.
 
@@ -266,15 +217,3 @@ def check_tensor(label: str, found: Tensor, expected: CheckpointTensor) -> None:
     if found.dtype not in expected.dtypes:
         allowed = " or ".join(str(dtype) for dtype in expected.dtypes)
         raise CheckpointError(f"{label} has dtype {found.dtype}, expected {allowed}.")
-
-
-def load_rows(layer: nn.Module, param: Parameter, rows: Tensor, shard: ShardId) -> None:
-    """Copy this rank's rows of a whole shard, as vLLM's own layer classes cut them.
-
-    Input channels are cut before, so a row-parallel layer takes every row as it is.
-    """
-    load = getattr(layer, "weight_loader_v2", layer.weight_loader)
-    if shard is None:
-        load(param, rows)
-    else:
-        load(param, rows, shard)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from quantkit_kernels.wna16 import IntWeight
 from torch import Tensor, nn
 
+from quantkit_kernels.wna16 import IntWeight
 from vllm_quantkit.quantize.calibration import InputStats
 from vllm_quantkit.quantize.rtn import finite_weight, group_width, rtn, split_groups
 from vllm_quantkit.spec import WeightSpec
@@ -93,7 +93,7 @@ def share_over_heads(scales: Tensor, repeats: int, width: int) -> Tensor:
 @torch.no_grad()
 def fold(
     previous: nn.Module,
-    consumers: Sequence[nn.Module],
+    weights: Sequence[Tensor],
     scales: Tensor,
     *,
     dtype: torch.dtype,
@@ -102,11 +102,11 @@ def fold(
 ) -> None:
     """Divides the previous output by s and multiplies the weights by s: the same function.
 
-    What will be stored in 16 bits is rounded here, and the consumers take the rounded scale.
+    What will be stored in 16 bits is rounded here, and the weights take the rounded scale.
 
     Args:
         previous: a norm (weight [C]) or a linear layer (weight [C, ...]), changed in place.
-        consumers: linear layers (weight [N, K]), changed in place.
+        weights: float [N, K] of the layers that read it, changed in place.
         scales: float32 [K], equal over repeated heads.
         dtype: what the checkpoint stores norms and biases in.
         repeats: as in `awq_scales`; C = K / repeats.
@@ -124,8 +124,8 @@ def fold(
     if getattr(previous, "bias", None) is not None:
         bias = previous.get_parameter("bias")
         bias.copy_((bias / per_output).to(dtype))
-    for consumer in consumers:
-        consumer.get_parameter("weight").mul_(scales)
+    for consumer in weights:
+        consumer.mul_(scales)
 
 
 def _relative_magnitude(weight: Tensor, spec: WeightSpec) -> Tensor:

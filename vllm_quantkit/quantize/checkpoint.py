@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantkit_kernels.wna16 import IntWeight
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantkit_kernels.wna16 import IntWeight
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.formats import Role, get_format
 from vllm_quantkit.spec import LayerShape, SchemeSpec

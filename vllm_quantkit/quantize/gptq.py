@@ -7,10 +7,10 @@ https://arxiv.org/abs/2210.17323.
 from __future__ import annotations
 
 import torch
-from quantkit_kernels.quant_math import dequantize_codes, quantize_codes
-from quantkit_kernels.wna16 import IntWeight
 from torch import Tensor
 
+from quantkit_kernels.quant_math import dequantize_codes, quantize_codes
+from quantkit_kernels.wna16 import IntWeight
 from vllm_quantkit.errors import QuantkitError
 from vllm_quantkit.quantize.rtn import find_grid, finite_weight, group_width, in_channel_order
 from vllm_quantkit.spec import WeightSpec
@@ -49,28 +49,21 @@ def gptq(
             definite.
     """
     weight = finite_weight(weight)
-    in_features = weight.shape[1]
+    in_features, width = weight.shape[1], group_width(spec, weight.shape[1])
     order = torch.arange(in_features, device=weight.device)
     if spec.act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     feedback = inverse_factor(hessian[order][:, order], damping).float()
     rest = weight[:, order]
-    codes = torch.empty_like(rest, dtype=torch.uint8)
-    grids = []
-    width = group_width(spec, in_features)
+    codes, grids = [], []
     for begin in range(0, in_features, width):
         end = min(begin + width, in_features)
         group = rest[:, None, begin:end]
         scales, zeros = find_grid(group, spec, clip=clip, scale_dtype=scale_dtype)
-        grid = scales.squeeze(1), zeros.squeeze(1)
-        for start in range(begin, end, BLOCK_CHANNELS):
-            stop = min(start + BLOCK_CHANNELS, end)
-            block = rest[:, start:stop], feedback[start:stop, start:stop]
-            codes[:, start:stop], errors = _round_block(*block, *grid, spec.bits)
-            rest[:, stop:] -= errors @ feedback[start:stop, stop:]
-        grids.append(grid)
+        grids.append((scales.squeeze(1), zeros.squeeze(1)))
+        codes += _round_group(rest, feedback, (begin, end), *grids[-1], spec.bits)
     scales, zeros = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
-    return in_channel_order(codes, scales, zeros, order, spec)
+    return in_channel_order(torch.cat(codes, dim=1), scales, zeros, order, spec)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -108,6 +101,38 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         f"the Hessian is not positive definite even with damping {damping / 10:.3g}; it must be a "
         "mean of x x^T: collect it again, from more calibration text."
     )
+
+
+def _round_group(
+    rest: Tensor,
+    feedback: Tensor,
+    columns: tuple[int, int],
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+) -> list[Tensor]:
+    """Rounds the columns from the first to before the second, in blocks.
+
+    Args:
+        rest: float32 [N, K]; columns behind each block are changed by the block's errors.
+        feedback: float32 [K, K], U of `inverse_factor`.
+        columns: begin and end of the group.
+        scales: float32 [N, 1].
+        zeros: uint8 [N, 1].
+        bits: 2 to 8.
+
+    Returns:
+        codes of each block, uint8 [N, up to BLOCK_CHANNELS].
+    """
+    codes = []
+    begin, end = columns
+    for start in range(begin, end, BLOCK_CHANNELS):
+        block = slice(start, min(start + BLOCK_CHANNELS, end))
+        behind = slice(block.stop, None)
+        rounded, errors = _round_block(rest[:, block], feedback[block, block], scales, zeros, bits)
+        rest[:, behind] -= errors @ feedback[block, behind]
+        codes.append(rounded)
+    return codes
 
 
 def _round_block(

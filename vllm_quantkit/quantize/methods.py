@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from quantkit_kernels.wna16 import IntWeight
 from torch import Tensor
 
+from quantkit_kernels.wna16 import IntWeight
 from vllm_quantkit.quantize.awq import awq
 from vllm_quantkit.quantize.calibration import InputStats
 from vllm_quantkit.quantize.gptq import gptq

@@ -8,22 +8,23 @@ of earlier ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from quantkit_kernels.wna16 import IntWeight
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from quantkit_kernels.wna16 import IntWeight
 from vllm_quantkit.errors import QuantkitError
 from vllm_quantkit.formats import get_format
 from vllm_quantkit.quantize.awq import awq_scales, fold
 from vllm_quantkit.quantize.calibration import BlockInputs, InputStats, input_stats
 from vllm_quantkit.quantize.checkpoint import exchange_layers, refuse_existing, write_checkpoint
 from vllm_quantkit.quantize.methods import Method
-from vllm_quantkit.quantize.model_map import ModelMap, Stage, model_map
+from vllm_quantkit.quantize.model_map import Stage, model_map
 from vllm_quantkit.spec import SchemeSpec, WeightSpec
 
 
@@ -102,68 +103,86 @@ def quantize_model(
         QuantkitError: the model's type is unknown, or a weight cannot be quantised.
     """
     layout = model_map(model.config.model_type)
-    blocks = model.get_submodule(layout.blocks)
-    inputs, result = BlockInputs(model, blocks, batches), Quantized()
-    for index, block in enumerate(blocks):
-        prefix, run = f"{layout.blocks}.{index}", partial(inputs.run, index, block)
+    modules = model.get_submodule(layout.blocks)
+    inputs, result = BlockInputs(model, modules, batches), Quantized()
+    for index, module in enumerate(modules):
+        run = partial(inputs.run, index, module)
+        block = Block(f"{layout.blocks}.{index}", module, layout.stages, run)
         if method.scales_channels:
             width = _head_width(model.config)
-            for name in scale_block(block, layout, method, run, dtype=dtype, head_width=width):
-                result.changed[f"{prefix}.{name}"] = block.get_parameter(name).detach()
-        for name, codes, error in quantize_block(block, layout, method, run):
-            result.layers[f"{prefix}.{name}"], result.errors[f"{prefix}.{name}"] = codes, error
-            progress(f"{prefix}.{name}", error)
+            for name, value in scale_block(block, method.spec, dtype=dtype, head_width=width):
+                result.changed[name] = value
+        for name, codes, error in quantize_block(block, method):
+            result.layers[name], result.errors[name] = codes, error
+            progress(name, error)
         inputs.hidden = run()
     return result
 
 
+@dataclass(frozen=True)
+class Block:
+    """A decoder block under work.
+
+    Attributes:
+        name: of the block in the model.
+        module: the block in float32; its parameters are changed in place.
+        stages: its linear layers, in the order they run.
+        run: runs it over its calibration inputs.
+    """
+
+    name: str
+    module: nn.Module
+    stages: tuple[Stage, ...]
+    run: Callable[[], object]
+
+    def weight(self, layer: str) -> nn.Parameter:
+        """The weight of the layer that has this name inside the block."""
+        return self.module.get_submodule(layer).get_parameter("weight")
+
+    def stats(self, *stages: Stage) -> list[InputStats]:
+        """The input moments of each stage, all from one run."""
+        layers = {stage.layers[0]: self.module.get_submodule(stage.layers[0]) for stage in stages}
+        return list(input_stats(self.run, layers).values())
+
+
 def scale_block(
-    block: nn.Module,
-    layout: ModelMap,
-    method: Method,
-    run: Callable[[], object],
-    *,
-    dtype: torch.dtype,
-    head_width: int,
-) -> Iterator[str]:
+    block: Block, spec: WeightSpec, *, dtype: torch.dtype, head_width: int
+) -> Iterator[tuple[str, Tensor]]:
     """Folds AWQ's channel scales into the block, which stays the same function.
 
     Args:
-        block: a decoder block in float32, changed in place.
-        layout: names its layers.
-        method: gives the numerics that the search rounds to.
-        run: runs the block over its calibration inputs.
+        block: changed in place.
+        spec: the numerics that the search rounds to.
         dtype: what the checkpoint stores unquantised parameters in.
         head_width: channels of an attention head.
 
     Yields:
-        names of the parameters that changed and are not weights of quantised layers.
+        name and value of the parameters that changed and are not weights of quantised layers.
+
+    Raises:
+        QuantkitError: a weight is not finite; names the layers.
     """
-    every_stats = _stage_stats(block, layout.stages, run)
-    for stage, stats in zip(layout.stages, every_stats, strict=True):
-        previous = block.get_submodule(stage.previous)
-        consumers = [block.get_submodule(name) for name in stage.layers]
-        repeats = stats.mean_abs.numel() // len(previous.get_parameter("weight"))
+    linears = {name for stage in block.stages for name in stage.layers}
+    every_stats = block.stats(*block.stages)
+    for stage, stats in zip(block.stages, every_stats, strict=True):
+        previous = block.module.get_submodule(stage.previous)
+        weights = [block.weight(name) for name in stage.layers]
+        repeats = weights[0].shape[1] // len(block.weight(stage.previous))
         heads = {"repeats": repeats, "width": head_width if repeats > 1 else 1}
-        weights = [consumer.get_parameter("weight") for consumer in consumers]
-        scales = awq_scales(weights, stats, method.spec, **heads)
-        fold(previous, consumers, scales, dtype=dtype, **heads)
-        quantised = any(stage.previous in other.layers for other in layout.stages)
-        for name, _ in previous.named_parameters():
-            if name == "bias" or not quantised:
-                yield f"{stage.previous}.{name}"
+        with _naming(f"{block.name}.{', '.join(stage.layers)}"):
+            scales = awq_scales(weights, stats, spec, **heads)
+        fold(previous, weights, scales, dtype=dtype, **heads)
+        for name, value in previous.named_parameters():
+            if name != "weight" or stage.previous not in linears:
+                yield f"{block.name}.{stage.previous}.{name}", value.detach()
 
 
-def quantize_block(
-    block: nn.Module, layout: ModelMap, method: Method, run: Callable[[], object]
-) -> Iterator[tuple[str, IntWeight, float]]:
+def quantize_block(block: Block, method: Method) -> Iterator[tuple[str, IntWeight, float]]:
     """Replaces the block's linear weights by dequantised codes, stage by stage.
 
     Args:
-        block: a decoder block in float32, changed in place.
-        layout: names its layers.
+        block: changed in place.
         method: rounds the weights.
-        run: runs the block over its calibration inputs.
 
     Yields:
         name, codes and relative output error of each layer.
@@ -171,14 +190,12 @@ def quantize_block(
     Raises:
         QuantkitError: a weight cannot be quantised; names it.
     """
-    for stage in layout.stages:
-        (stats,) = _stage_stats(block, (stage,), run)
-        for name in stage.layers:
-            weight = block.get_submodule(name).get_parameter("weight")
-            try:
+    for stage in block.stages:
+        (stats,) = block.stats(stage)
+        for layer in stage.layers:
+            weight, name = block.weight(layer), f"{block.name}.{layer}"
+            with _naming(name):
                 codes = method.quantize(weight, stats)
-            except QuantkitError as error:
-                raise QuantkitError(f"{name}: {error}") from error
             rounded = codes.dequantize()
             yield name, codes, relative_error(weight.detach(), rounded, stats.hessian)
             weight.data.copy_(rounded)
@@ -190,12 +207,13 @@ def relative_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     return float((error / size).clamp_min(0).sqrt()) if size > 0 else 0.0
 
 
-def _stage_stats(
-    block: nn.Module, stages: tuple[Stage, ...], run: Callable[[], object]
-) -> list[InputStats]:
-    """The input moments of each stage, all from one run."""
-    layers = {stage.layers[0]: block.get_submodule(stage.layers[0]) for stage in stages}
-    return list(input_stats(run, layers).values())
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Puts the layer's name before any error."""
+    try:
+        yield
+    except QuantkitError as error:
+        raise type(error)(f"{layer}: {error}") from error
 
 
 def _head_width(config: PreTrainedConfig) -> int:

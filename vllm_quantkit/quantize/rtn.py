@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from quantkit_kernels.quant_math import dequantize_codes, minmax_scales, quantize_codes
-from quantkit_kernels.wna16 import IntWeight
 from torch import Tensor
 
+from quantkit_kernels.quant_math import dequantize_codes, minmax_scales, quantize_codes
+from quantkit_kernels.wna16 import IntWeight
 from vllm_quantkit.errors import QuantkitError
 from vllm_quantkit.spec import PER_CHANNEL, WeightSpec
 

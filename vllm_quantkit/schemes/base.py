@@ -101,8 +101,8 @@ class Method(ABC):
         if not cls.takes(config):
             raise UnsupportedScheme(
                 f"--quantization {cls.name} serves quant_method {', '.join(cls.dialects)}, but "
-                f"this checkpoint says {config.get('quant_method')!r}. Use --quantization quantkit, "
-                f"which picks the method from the checkpoint."
+                f"this checkpoint says {config.get('quant_method')!r}. Use --quantization "
+                f"quantkit, which picks the method from the checkpoint."
             )
         return get_format(str(config["quant_method"]).lower()).parse(config)
 

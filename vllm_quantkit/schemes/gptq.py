@@ -1,4 +1,4 @@
-"""GPTQ checkpoints: weights rounded column by column with the inverse Hessian (arXiv 2210.17323)."""
+"""GPTQ checkpoints: rounded column by column with the inverse Hessian (arXiv 2210.17323)."""
 
 from vllm_quantkit.schemes.base import LinearScheme, Method
 from vllm_quantkit.schemes.wna16 import WNA16

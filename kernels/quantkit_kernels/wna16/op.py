@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -144,17 +145,27 @@ def _backend(device_type: str) -> ModuleType:
     return generic
 
 
-def _implementation(device_type: str):  # noqa: ANN202 - the schema above is its signature
-    def run(x: Tensor, *args: object) -> Tensor:
-        bias, bits, in_features, out_features = args[4], args[5], args[7], args[8]
-        check_arguments(x, bias, bits, in_features, out_features)  # type: ignore[arg-type]
-        rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = _backend(device_type).linear(rows, *args)
+def _implementation(device_type: str) -> Callable[..., Tensor]:
+    def run(
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        gather: Tensor | None,
+        bias: Tensor | None,
+        bits: int,
+        group_size: int,
+        in_features: int,
+        out_features: int,
+    ) -> Tensor:
+        check_arguments(x, bias, bits, in_features, out_features)
+        sizes = (bits, group_size, in_features, out_features)
+        rows = x.reshape(-1, in_features)
+        y: Tensor = _backend(device_type).linear(rows, codes, scales, zeros, gather, bias, *sizes)
         return y.reshape(*x.shape[:-1], out_features)
 
     return run
 
 
-torch.library.impl("quantkit::wna16_linear", "cpu", _implementation("cpu"))
-torch.library.impl("quantkit::wna16_linear", "cuda", _implementation("cuda"))
-torch.library.impl("quantkit::wna16_linear", "default", _implementation("generic"))
+for _device_type, _dispatch in (("cpu", "cpu"), ("cuda", "cuda"), ("generic", "default")):
+    torch.library.impl("quantkit::wna16_linear", _dispatch, _implementation(_device_type))
