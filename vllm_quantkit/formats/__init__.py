@@ -9,6 +9,7 @@ from vllm_quantkit.formats.base import CheckpointTensor, Format, Role
 FORMATS = {
     "awq": "vllm_quantkit.formats.awq",
     "gptq": "vllm_quantkit.formats.gptq",
+    "gptq_v2": "vllm_quantkit.formats.gptq",
     "compressed-tensors": "vllm_quantkit.formats.compressed_tensors",
 }
 """Dialect (a checkpoint's `quant_method`) to module."""

@@ -28,6 +28,7 @@ class Scheme(Fields):
         "sym": "true or false",
         "desc_act": "true or false",
         "static_groups": "true or false",
+        "quant_method": "'gptq' or 'gptq_v2'",
         "lm_head": "true or false",
         "checkpoint_format": "'gptq' or 'gptq_v2'",
         "format": "'gptq' or 'gptq_v2'",
@@ -63,6 +64,7 @@ class Scheme(Fields):
 class GptqFields(Scheme):
     """The keys of a GPTQ config that decide how it is stored."""
 
+    quant_method: str = "gptq"
     lm_head: bool = False
     static_groups: bool = False
     checkpoint_format: str | None = None
@@ -84,7 +86,8 @@ class GptqFields(Scheme):
             raise self.unserved(
                 "pack_dtype", self.pack_dtype, "'int32'", "Quantise again with pack_dtype 'int32'."
             )
-        return served_version((self.checkpoint_format or self.format or "gptq").lower())
+        version = self.checkpoint_format or self.format or self.quant_method
+        return served_version(version.lower())
 
     def listed(self) -> tuple[str, ...]:
         """Every entry of `modules_in_block_to_quantize`, flat."""

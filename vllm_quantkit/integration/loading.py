@@ -61,7 +61,12 @@ class LayerLoader:
     def parts(self, layer: Any) -> list[dict[Role, Tensor]]:
         """Canonical tensors by role, for each run of rows that shares one group index."""
         spec = self._scheme.spec.weight
-        params = {t.role: getattr(layer, t.name).data for t in self._tensors(None)}
+        params = {
+            tensor.role: getattr(layer, tensor.name).data
+            for tensor in self._tensors(None)
+            # A reload leaves what it does not fill uninitialised.
+            if not tensor.optional or self.ledger.shards(tensor.name)
+        }
         index = params.get(Role.GROUP_INDEX, self._natural_index(params[Role.CODES].device))
         zeros = params.get(Role.ZEROS)
         if zeros is None:
@@ -148,28 +153,43 @@ class LayerLoader:
         return weight_loader
 
     def _load(self, param: Parameter, name: str, loaded: Tensor, shard: ShardId) -> None:
-        layer = self._owner()
         tensor = next(t for t in self._tensors(shard) if t.name == name)
         label = f"{self._label(shard)}.{name}"
         check_tensor(label, loaded, tensor)
-        # A reload first dry-runs the loader on the meta device to count what it copies.
-        if not param.is_meta:
+        by_partition = tensor.role in (Role.GROUP_INDEX, Role.SHAPE)
+        if param.is_meta:
+            # A reload first counts what the loader would copy; decoding copies too.
+            rows = () if by_partition else (expected_outputs(self._owner(), shard),)
+            canonical = param.data.new_empty(*rows, *param.shape[1:])
+        else:
             self._record(name, shard, label)
-        source = loaded if param.device.type in ("cpu", "meta") else loaded.to(param.device)
+            canonical = self._canonical(param.device, tensor, loaded, shard, label)
+        if by_partition:
+            for slot in self._slots(shard):
+                param.data[slot].copy_(canonical)
+        else:
+            load_rows(self._owner(), param, canonical.to(param.dtype), shard)
+
+    def _canonical(
+        self,
+        device: torch.device,
+        tensor: CheckpointTensor,
+        loaded: Tensor,
+        shard: ShardId,
+        label: str,
+    ) -> Tensor:
+        """The tensor decoded and cut to this rank's input channels, every row of it."""
         try:
-            canonical = tensor.decode(source)
+            canonical = tensor.decode(loaded.to(device))
         except ValueError as error:
             raise CheckpointError(f"{label} cannot be decoded: {error}") from error
         if tensor.role is Role.SHAPE:
             self._check_shape(label, canonical, shard)
-        if tensor.role in (Role.GROUP_INDEX, Role.SHAPE):
-            own = self._share.inputs(canonical) if tensor.role is Role.GROUP_INDEX else canonical
-            for slot in self._slots(shard):
-                param.data[slot].copy_(own)
-            return
-        if tensor.role is Role.CODES:
-            canonical = pack_stream(self._share.inputs(canonical), self._scheme.spec.weight.bits)
-        load_rows(layer, param, canonical.to(param.dtype), shard)
+        elif tensor.role is Role.GROUP_INDEX:
+            return self._share.inputs(canonical)
+        elif tensor.role is Role.CODES:
+            return pack_stream(self._share.inputs(canonical), self._scheme.spec.weight.bits)
+        return canonical
 
     def _record(self, name: str, shard: ShardId, label: str) -> None:
         self.ledger.received[name, shard] += 1
@@ -183,7 +203,8 @@ class LayerLoader:
         expected = [expected_outputs(layer, shard), self._share.full_in_features]
         if stored.tolist() != expected:
             raise CheckpointError(
-                f"{label} says {stored.tolist()}, but the model's layer is {expected}"
+                f"{label} says {stored.tolist()}, but the model's layer is {expected}; config.json "
+                f"describes another model."
             )
 
     def _slots(self, shard: ShardId) -> list[int]:

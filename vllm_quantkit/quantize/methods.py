@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class Rtn:
 
     spec: WeightSpec
     clip: bool = False
-    scales_channels: bool = False
+    scales_channels: ClassVar[bool] = False
 
     def quantize(self, weight: Tensor, stats: InputStats) -> IntWeight:
         """See `rtn`."""
@@ -45,12 +45,12 @@ class Rtn:
 
 @dataclass(frozen=True)
 class Gptq:
-    """Error feedback along the input channels."""
+    """Error feedback along the input channels, on grids of least squared error."""
 
     spec: WeightSpec
     damping: float = 0.01
-    clip: bool = False
-    scales_channels: bool = False
+    clip: bool = True
+    scales_channels: ClassVar[bool] = False
 
     def quantize(self, weight: Tensor, stats: InputStats) -> IntWeight:
         """See `gptq`."""
@@ -62,7 +62,7 @@ class Awq:
     """Activation-aware channel scales, then clipping."""
 
     spec: WeightSpec
-    scales_channels: bool = True
+    scales_channels: ClassVar[bool] = True
 
     def quantize(self, weight: Tensor, stats: InputStats) -> IntWeight:
         """See `awq`."""

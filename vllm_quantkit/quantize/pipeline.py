@@ -25,6 +25,7 @@ from vllm_quantkit.quantize.calibration import BlockInputs, InputStats, input_st
 from vllm_quantkit.quantize.checkpoint import exchange_layers, refuse_existing, write_checkpoint
 from vllm_quantkit.quantize.methods import Method
 from vllm_quantkit.quantize.model_map import Stage, model_map
+from vllm_quantkit.quantize.rtn import finite_weight
 from vllm_quantkit.spec import SchemeSpec, WeightSpec
 
 
@@ -102,6 +103,9 @@ def quantize_model(
     Raises:
         QuantkitError: the model's type is unknown, or a weight cannot be quantised.
     """
+    for name, parameter in model.named_parameters():
+        with _naming(name):
+            finite_weight(parameter)
     layout = model_map(model.config.model_type)
     modules = model.get_submodule(layout.blocks)
     inputs, result = BlockInputs(model, modules, batches), Quantized()
@@ -160,7 +164,7 @@ def scale_block(
         name and value of the parameters that changed and are not weights of quantised layers.
 
     Raises:
-        QuantkitError: a weight is not finite; names the layers.
+        QuantkitError: a scale cannot be stored; names the layers.
     """
     linears = {name for stage in block.stages for name in stage.layers}
     every_stats = block.stats(*block.stages)
@@ -208,12 +212,12 @@ def relative_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
 
 
 @contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    """Puts the layer's name before any error."""
+def _naming(subject: str) -> Iterator[None]:
+    """Says in any error what it is about."""
     try:
         yield
     except QuantkitError as error:
-        raise type(error)(f"{layer}: {error}") from error
+        raise type(error)(f"{subject}: {error}") from error
 
 
 def _head_width(config: PreTrainedConfig) -> int:

@@ -1,0 +1,108 @@
+"""The canonical CUDA layout of integer weights: tiles of 64 rows x 128 columns, in MMA order.
+
+A tensor-core A fragment gives thread t (lane % 4) of row n the columns 16 c + 8 j + 2 t + b for
+b, j in {0, 1} and every c. A word holds such columns only, so that unpacking it fills the
+registers of the thread that loaded it and no weight ever moves between threads:
+
+    4 bits, word (t, v) of a row:                  8 bits, word (h, t, v) of a row:
+
+      bits 0    4    8   12   16   20   24   28      bits 0         8        16        24
+         +----+----+----+----+----+----+----+----+      +---------+---------+---------+---------+
+      k  | +0 |+16 | +8 |+24 | +1 |+17 | +9 |+25 |      |   +0    |   +8    |   +1    |   +9    |
+         +----+----+----+----+----+----+----+----+      +---------+---------+---------+---------+
+      from 32 v + 2 t                                from 64 h + 16 v + 2 t
+
+One `(word >> s) & mask` therefore yields two neighbouring columns, one in each 16-bit half.
+A group of 16, 32, 64 or 128 columns never splits a v of 8 bits, nor, above 16, a v of 4 bits.
+
+Tiles are contiguous and follow each other along k, so a program reads its weights in order.
+Scale and zero-point share a word: see `pack_scales`.
+"""
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels.packing import pack_aligned, unpack_aligned
+
+TILE_N = 64
+"""Rows of a tile."""
+
+TILE_K = 128
+"""Columns of a tile."""
+
+ROW_MULTIPLE = 128
+"""Rows are padded to a multiple of this, so that kernels may take 64 or 128 at once unmasked."""
+
+# (v, j16, j8, t, b) at 4 bits and (h, v, j8, t, b) at 8: how 128 columns split, slowest first.
+_COLUMN_AXES = {4: (4, 2, 2, 4, 2), 8: (2, 4, 2, 4, 2)}
+# Those axes in storage order: first the word's, then the position in the word, highest bits first.
+_STORAGE_ORDER = {4: (3, 0, 4, 2, 1), 8: (0, 3, 1, 4, 2)}
+
+
+def padded_rows(out_features: int) -> int:
+    """N' = ceil(N / 128) * 128."""
+    return -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def padded_columns(columns: int) -> int:
+    """K'' = ceil(K' / 128) * 128."""
+    return -(-columns // TILE_K) * TILE_K
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """words[i, j, r, w] = the codes of row 64 i + r at the columns of word w of k tile j.
+
+    Args:
+        codes: uint8 [N, K'], each below 2**bits. Padding rows and columns get code 0.
+        bits: 4, or 8: stored in two's complement as code - 128.
+
+    Returns:
+        int32 [N' / 64, K'' / 128, 64, 4 * bits].
+    """
+    rows, columns = codes.shape
+    padding = (0, padded_columns(columns) - columns, 0, padded_rows(rows) - rows)
+    padded = torch.nn.functional.pad(codes, padding)
+    stored = padded if bits == 4 else padded ^ 0x80
+    split = stored.unflatten(0, (-1, TILE_N)).unflatten(2, (-1, *_COLUMN_AXES[bits]))
+    ordered = split.permute(0, 2, 1, *(3 + axis for axis in _STORAGE_ORDER[bits]))
+    return pack_aligned(ordered.flatten(3), bits).contiguous()
+
+
+def unpack_codes(words: Tensor, bits: int) -> Tensor:
+    """Inverse of `pack_codes`: uint8 [N', K''], padding included."""
+    axes, order = _COLUMN_AXES[bits], _STORAGE_ORDER[bits]
+    stored = unpack_aligned(words, bits, TILE_K).unflatten(3, [axes[axis] for axis in order])
+    inverse = [order.index(axis) for axis in range(len(order))]
+    split = stored.permute(0, 2, 1, *(3 + axis for axis in inverse))
+    codes: Tensor = split.flatten(2).flatten(0, 1)
+    return codes if bits == 4 else codes.bitwise_xor(0x80)
+
+
+def pack_scales(scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
+    """word = fp32 scale rounded to 16 significant bits, its low byte replaced by the zero-point.
+
+    Every float16 and bfloat16 scale is exact, at any exponent. One instruction each yields the
+    scale in fp32 (mask), the scale as a rounded 16-bit pair (convert) and the zero-point as an
+    exact 16-bit pair (byte permute). A 32-bit word can be loaded asynchronously, 16 bits cannot.
+
+    Args:
+        scales: float32 [N, K' / g].
+        zeros: uint8 [N, K' / g].
+        group_size: g, which divides 128.
+
+    Returns:
+        int32 [K'' / g, N']; padding has scale 0.
+    """
+    bits = scales.float().contiguous().view(torch.int32)
+    rounded = (bits + 0x7F + ((bits >> 8) & 1)) & ~0xFF
+    words = rounded | zeros.to(torch.int32)
+    rows, groups = words.shape
+    missing = padded_columns(groups * group_size) // group_size - groups
+    padding = (0, missing, 0, padded_rows(rows) - rows)
+    return torch.nn.functional.pad(words, padding).T.contiguous()
+
+
+def unpack_scales(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of `pack_scales`: float32 and uint8, both [N', K'' / g]."""
+    by_row = words.T.contiguous()
+    return (by_row & ~0xFF).view(torch.float32), (by_row & 0xFF).to(torch.uint8)

@@ -1,0 +1,194 @@
+"""The op `quantkit::wna16_linear` and what every backend has in common."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantkit_kernels.wna16 import (
+    IntWeight,
+    generic,
+    make_uniform,
+    pack_weight,
+    reference_linear,
+    wna16_linear,
+)
+from quantkit_kernels.wna16.op import PackedWeight
+from quantkit_kernels.wna16.weights import GROUP_SIZES, PADDING_ALLOWANCE, gather_inputs
+from tests.kernels.wna16_cases import MAX_ERROR, random_inputs, random_weight, relative_error
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def _only_devices_present(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+def to_device(weight: IntWeight, device: str) -> IntWeight:
+    tensors = (weight.codes, weight.scales, weight.zeros, weight.group_index)
+    return IntWeight(*(t.to(device) for t in tensors), weight.bits)
+
+
+def arguments(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[object, ...]:
+    return (
+        x,
+        weight.codes,
+        weight.scales,
+        weight.zeros,
+        weight.gather,
+        bias,
+        weight.bits,
+        weight.group_size,
+        weight.in_features,
+        weight.out_features,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_opcheck(device: str, dtype: torch.dtype, bits: int, act_order: bool) -> None:
+    weight = random_weight(48, 96, bits=bits, group_size=32, act_order=act_order)
+    packed = pack_weight(to_device(weight, device), dtype)
+    bias = torch.randn(48, dtype=dtype, device=device)
+    for x in (torch.randn(5, 96), torch.randn(2, 3, 96), torch.randn(0, 96)):
+        torch.library.opcheck(
+            torch.ops.quantkit.wna16_linear.default,
+            arguments(x.to(device, dtype), packed, bias),
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_op_matches_reference(device: str, dtype: torch.dtype, act_order: bool) -> None:
+    weight = random_weight(96, 320, group_size=64, act_order=act_order)
+    packed = pack_weight(to_device(weight, device), dtype)
+    x, bias = random_inputs(2, 7, 320, dtype=dtype), torch.randn(96)
+    y = wna16_linear(x.to(device), packed, bias.to(device, dtype))
+    assert y.dtype == dtype
+    assert relative_error(y.cpu(), x, weight, bias.to(dtype)) <= MAX_ERROR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_generic_backend_matches_reference(dtype: torch.dtype, bits: int) -> None:
+    weight = random_weight(33, 200, bits=bits, group_size=48, act_order=True)
+    x, bias = random_inputs(5, 200, dtype=dtype), torch.randn(33)
+    packed = generic.pack(make_uniform(weight), dtype)
+    y = generic.linear(*arguments(x, packed, bias))
+    assert y.dtype == dtype
+    assert relative_error(y, x, weight, bias) <= MAX_ERROR[dtype]
+
+
+def test_op_compiles_without_graph_breaks() -> None:
+    packed = pack_weight(random_weight(32, 64, group_size=32), torch.float32)
+
+    def twice(x: Tensor) -> Tensor:
+        return wna16_linear(x, packed) * 2
+
+    x = torch.randn(3, 64)
+    compiled = torch.compile(twice, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), twice(x))
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [
+        (torch.randn(2, 63), None, "x has 63 channels, but the weight takes 64"),
+        (torch.randn(2, 64), torch.randn(31), r"bias has shape \(31,\), expected \(32,\)"),
+        (torch.randn(2, 64).double(), None, "activations of torch.float64 are not served"),
+    ],
+)
+def test_refusals(x: Tensor, bias: Tensor | None, message: str) -> None:
+    packed = pack_weight(random_weight(32, 64, group_size=32), torch.float32)
+    with pytest.raises(ValueError, match=message):
+        wna16_linear(x, packed, bias)
+
+
+def test_pack_refuses_dtype_and_group_index() -> None:
+    weight = random_weight(32, 64, group_size=32)
+    with pytest.raises(ValueError, match=r"activations of torch\.float64 are not served"):
+        pack_weight(weight, torch.float64)
+    lost = IntWeight(weight.codes, weight.scales[:, :1], weight.zeros, weight.group_index, 4)
+    with pytest.raises(ValueError, match=r"group_index spans 0 .. 1, but .* groups 0 .. 0"):
+        pack_weight(lost, torch.float32)
+
+
+def test_nbytes_is_close_to_the_bits() -> None:
+    packed = pack_weight(random_weight(1024, 1024, symmetric=True), torch.bfloat16)
+    assert packed.nbytes <= 1024 * 1024 * (4 + 32 / 128) / 8
+
+
+@st.composite
+def any_weights(draw: st.DrawFn) -> IntWeight:
+    """Weights with groups of any sizes in any order, some of them empty."""
+    groups = draw(st.integers(1, 6))
+    channels = draw(st.integers(1, 300))
+    index = draw(st.lists(st.integers(0, groups - 1), min_size=channels, max_size=channels))
+    weight = random_weight(draw(st.integers(1, 5)), channels, group_size=channels)
+    seed = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    rows = weight.codes.shape[0]
+    return IntWeight(
+        weight.codes,
+        torch.rand(rows, groups, generator=seed) + 0.1,
+        torch.randint(0, 17, (rows, groups), dtype=torch.uint8, generator=seed),
+        torch.tensor(index, dtype=torch.int32),
+        4,
+    )
+
+
+def dequantized(weight: IntWeight) -> Tensor:
+    """The weight that `make_uniform` stands for, with its columns back in place."""
+    uniform = make_uniform(weight)
+    columns = uniform.codes.shape[1]
+    repeat = uniform.group_size
+    scales = uniform.scales.repeat_interleave(repeat, 1)
+    zeros = uniform.zeros.repeat_interleave(repeat, 1).float()
+    identity = gather_inputs(torch.eye(uniform.in_features), uniform.gather, columns)
+    return (scales * (uniform.codes.float() - zeros)) @ identity.T
+
+
+@settings(deadline=None)
+@given(weight=any_weights())
+def test_uniform_weight_is_the_same_weight(weight: IntWeight) -> None:
+    torch.testing.assert_close(dequantized(weight), weight.dequantize(), rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(weight=any_weights())
+def test_uniform_weight_has_equal_groups(weight: IntWeight) -> None:
+    uniform = make_uniform(weight)
+    columns = uniform.codes.shape[1]
+    assert uniform.group_size in GROUP_SIZES
+    assert columns == uniform.scales.shape[1] * uniform.group_size
+    counts = torch.bincount(weight.group_index).tolist()
+    least = sum(-(-count // 16) * 16 for count in counts)
+    assert least <= columns <= max(least, least * PADDING_ALLOWANCE)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_regular_groups_need_no_gather(group_size: int) -> None:
+    uniform = make_uniform(random_weight(4, 4 * group_size, group_size=group_size))
+    assert uniform.group_size == max(g for g in GROUP_SIZES if group_size % g == 0)
+    assert uniform.gather is None
+
+
+def test_reference_is_the_definition() -> None:
+    weight = random_weight(3, 20, group_size=8, act_order=True)
+    x, bias = torch.randn(2, 20), torch.randn(3)
+    expected = bias.expand(2, 3).clone()
+    for n in range(3):
+        for k in range(20):
+            group = int(weight.group_index[k])
+            code = int(weight.codes[n, k]) - int(weight.zeros[n, group])
+            expected[:, n] += x[:, k] * weight.scales[n, group] * code
+    torch.testing.assert_close(reference_linear(x, weight, bias), expected)
