@@ -13,10 +13,16 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 START_LIMIT_S = 600
 STOP_LIMIT_S = 30
 NAME = "demo"
+QUESTION = "Explain foreign keys in SQLite."
+PROMPT = "The database server"
 
 
 class ServerError(RuntimeError):
@@ -50,21 +56,36 @@ class Server:
             )
 
     def ask(self) -> Iterator[tuple[str, str]]:
-        """A chat and a completion through the OpenAI client, as (question, answer)."""
-        from openai import OpenAI
+        """A chat and a completion through the OpenAI client, as (question, answer).
+
+        Raises:
+            ServerError: the server refused a request it should serve.
+        """
+        from openai import APIError, BadRequestError, OpenAI
 
         client = OpenAI(base_url=f"http://127.0.0.1:{self._port}/v1", api_key="none")
-        question = "What is an index?"
-        chat = client.chat.completions.create(
+        try:
+            yield f"chat> {QUESTION}", self._chat(client)
+        except BadRequestError as error:
+            if "chat template" not in str(error):
+                raise ServerError(f"the chat was refused: {error}") from error
+            self._progress("this model has no chat template; asking for a completion only.")
+        try:
+            text = client.completions.create(
+                model=NAME, prompt=PROMPT, max_tokens=48, temperature=0
+            )
+        except APIError as error:
+            raise ServerError(f"the completion was refused: {error}") from error
+        yield f"completion> {PROMPT} ...", text.choices[0].text
+
+    def _chat(self, client: OpenAI) -> str:
+        answer = client.chat.completions.create(
             model=NAME,
-            messages=[{"role": "user", "content": question}],
+            messages=[{"role": "user", "content": QUESTION}],
             max_tokens=64,
             temperature=0,
         )
-        yield f"chat> {question}", chat.choices[0].message.content or ""
-        prompt = "The database server"
-        text = client.completions.create(model=NAME, prompt=prompt, max_tokens=48, temperature=0)
-        yield f"completion> {prompt} ...", text.choices[0].text
+        return answer.choices[0].message.content or ""
 
     def __enter__(self) -> Server:
         try:
