@@ -10,15 +10,26 @@ import json
 import logging
 import os
 import sys
+import traceback
+from importlib import import_module
 from typing import Any
 
 from benchmarks.engine_worker import claim_stdout, generate, score, send, start
 
+SHARED = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+    "vllm_quantkit.integration.config",
+)
+"""What an engine imports, imported before the fork."""
+
 
 def main() -> None:
     answers = claim_stdout()
-    import vllm  # noqa: F401 - shared by the children
-
+    for module in SHARED:
+        import_module(module)
     send(answers, ready=True)
     for line in sys.stdin:
         read, write = os.pipe()
@@ -39,25 +50,28 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Start an engine, ask it, and return answers and what quantkit logged."""
     log = record_log()
     os.environ.update(job["env"])
+    if dict(job["spec"]["options"])["enforce_eager"]:
+        # vLLM compiles a few of its own functions in spite of that.
+        import_module("torch._dynamo").config.disable = True
     try:
         engine = start(job["spec"])
         answers = [OPERATIONS[ask.pop("op")](engine, **ask) for ask in job["asks"]]
     except Exception as error:  # the test decides whether it was expected
+        traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}", "log": log}
     return {"answers": answers, "log": log}
 
 
 def record_log() -> list[str]:
-    """A list that grows with every record of quantkit's loggers."""
+    """A list that grows with every record of quantkit's logger."""
     lines: list[str] = []
 
-    class Recorder(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(f"{record.levelname}: {record.getMessage()}")
+    def record(entry: logging.LogRecord) -> bool:
+        lines.append(f"{entry.levelname}: {entry.getMessage()}")
+        return True
 
-    logger = logging.getLogger("vllm.quantkit")
-    logger.addHandler(Recorder())
-    logger.setLevel(logging.INFO)
+    # A filter, since an engine takes the handlers away when it configures logging.
+    logging.getLogger("vllm.quantkit").addFilter(record)
     return lines
 
 

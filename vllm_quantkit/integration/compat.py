@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -24,6 +25,16 @@ def keep_every_tensor() -> Any:
     from vllm.model_executor.models.utils import WeightsMapper
 
     return WeightsMapper()
+
+
+def without_layers(mapper: Any, layers: Sequence[str]) -> Any:
+    """A weight mapper that also drops every tensor of these checkpoint layers."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    if not layers:
+        return mapper
+    dropped = re.compile(rf"^(?:{'|'.join(map(re.escape, layers))})\.[^.]+$")
+    return mapper | WeightsMapper(orig_to_new_regex={dropped: None})
 
 
 def is_moe_layer(layer: nn.Module) -> bool:

@@ -36,9 +36,10 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
 
     method_name: ClassVar[str] = "quantkit"
 
-    def __init__(self, rules: LayerRules) -> None:
+    def __init__(self, rules: LayerRules | None = None) -> None:
         super().__init__()
-        self.rules = rules
+        # vLLM passes nothing for a model without a quantization_config.
+        self.rules = self.method().rules({}) if rules is None else rules
         self.names = LayerNames()
         self.report = LoadReport(self.method_name, self.names)
 
@@ -88,6 +89,14 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
     def get_checkpoint_weight_mapper() -> Any:
         """Drop no tensor: activation order is served."""
         return compat.keep_every_tensor()
+
+    def get_cache_scale_mapper(self) -> Any:
+        """Drop the layers that the user ignores. The loader asks once the model is built.
+
+        Raises:
+            CheckpointError: the checkpoint has quantised layers that the model did not take.
+        """
+        return compat.without_layers(super().get_cache_scale_mapper(), self.report.close_audit())
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
@@ -158,6 +167,11 @@ class AutoConfig(QuantkitConfig):
     """`quantkit`: also claims, unasked, what vLLM itself would refuse."""
 
     method_name = "quantkit"
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: a config beside config.json does not say which dialect it is."""
+        return []
 
     @classmethod
     def override_quantization_method(

@@ -101,7 +101,10 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         try:
             return self.scheme.pack(canonical, self._dtype)
         except ValueError as error:
-            raise CheckpointError(f"layer {self.prefix} cannot be served: {error}.") from error
+            raise CheckpointError(
+                f"layer {self.prefix} cannot be served: {error}. The checkpoint is damaged: "
+                f"download it again, or save the model again."
+            ) from error
 
     def _install(self, layer: Any, index: int, packed: PackedLayer) -> Segment:
         suffix = f"_{index}" if index else ""

@@ -94,6 +94,13 @@ class LayerNames:
                     f"save the model without it."
                 )
 
+    def ignored(self, patterns: tuple[str, ...]) -> list[str]:
+        """Checkpoint layers that the patterns name and no layer of the model took."""
+        layers = dict.fromkeys(tensor.rpartition(".")[0] for tensor in self._headers)
+        return [
+            name for name in layers if name not in self._claimed and _any_matches(patterns, name)
+        ]
+
     def check_all_claimed(self, num_layers: int | None, ignored: tuple[str, ...]) -> None:
         """Every quantised checkpoint layer belongs to a layer of the model.
 
@@ -111,7 +118,7 @@ class LayerNames:
             for name in self._audit.quantised
             if name not in self._claimed
             and not _behind_last_layer(name, num_layers)
-            and not any(re.match(pattern, name) for pattern in ignored)
+            and not _any_matches(ignored, name)
         ]
         if orphans:
             raise CheckpointError(
@@ -136,6 +143,10 @@ def shorten(names: list[str]) -> str:
     shown = ", ".join(names[:NAMES_SHOWN])
     rest = len(names) - NAMES_SHOWN
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def _any_matches(patterns: tuple[str, ...], name: str) -> bool:
+    return any(re.match(pattern, name) for pattern in patterns)
 
 
 def _behind_last_layer(name: str, num_layers: int | None) -> bool:

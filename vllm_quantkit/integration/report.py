@@ -52,19 +52,30 @@ class LoadReport:
             for name in partitions:
                 self.names.check_no_bias(name)
 
-    def ready(self, prefix: str, kernel: str) -> None:
-        """A layer is packed. After the last one, once, the audit is closed and summarised.
+    def close_audit(self) -> list[str]:
+        """The model is built: no quantised layer is left over. Returns layers not to load.
 
         Raises:
             CheckpointError: the checkpoint has quantised layers that the model did not take.
+        """
+        if self._options is None:  # no layer of the model is quantised
+            return []
+        # A pipeline stage takes its own layers only.
+        if not compat.is_pipeline_parallel():
+            self.names.check_all_claimed(self.num_layers, self._options.ignore_layers)
+        return self.names.ignored(self._options.ignore_layers)
+
+    def ready(self, prefix: str, kernel: str) -> None:
+        """A layer is packed. After the last one, once, loading is summarised.
+
+        Raises:
+            CheckpointError: see `close_audit`; not every model's loader asks for it before.
         """
         self._ready[prefix] = kernel
         if self._told or self._expected != self._ready.keys():
             return
         self._told = True  # a reload passes here again
-        # A pipeline stage takes its own layers only.
-        if self._options is not None and not compat.is_pipeline_parallel():
-            self.names.check_all_claimed(self.num_layers, self._options.ignore_layers)
+        self.close_audit()
         self._summarise()
 
     def _summarise(self) -> None:

@@ -1,9 +1,13 @@
 """`--quantization quantkit`: the checkpoint says what it is."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_quantkit.errors import ConfigError
 from vllm_quantkit.formats import FORMATS
 from vllm_quantkit.schemes.base import LinearScheme, Method
 from vllm_quantkit.schemes.wna16 import WNA16
-from vllm_quantkit.spec import SchemeSpec
+from vllm_quantkit.spec import LayerRules, SchemeSpec
 
 
 class Auto(Method):
@@ -11,6 +15,21 @@ class Auto(Method):
 
     name = "quantkit"
     dialects = tuple(FORMATS)
+
+    @classmethod
+    def rules(cls, config: Mapping[str, Any]) -> LayerRules:
+        """As every method, but the checkpoint must name its dialect.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if config and "quant_method" not in config:
+            raise ConfigError(
+                "the checkpoint's quantization_config has no quant_method, so --quantization "
+                "quantkit cannot tell what it is. Add the key, or name the method with "
+                "--quantization quantkit-awq or quantkit-gptq."
+            )
+        return super().rules(config)
 
     @classmethod
     def linear(cls, spec: SchemeSpec) -> LinearScheme:

@@ -73,7 +73,7 @@ class Method(ABC):
     """A name a user gives to `--quantization`.
 
     Attributes:
-        dialects: checkpoints (`quant_method`) it takes; the first is named in refusals.
+        dialects: checkpoints (`quant_method`) it takes; the first where the config names none.
     """
 
     name: ClassVar[str]
@@ -98,11 +98,13 @@ class Method(ABC):
                 f"this model's config.json has no quantization_config. Quantise the model first "
                 f"(vllm_quantkit.quantize) or drop the flag to serve it in 16 bits."
             )
-        dialect = get_format(str(config.get("quant_method")).lower())
+        # The older files beside config.json do not name their method.
+        config = {"quant_method": cls.dialects[0], **config}
+        dialect = get_format(str(config["quant_method"]).lower())
         if not cls.takes(config):
             raise UnsupportedScheme(
                 f"--quantization {cls.name} serves quant_method {', '.join(cls.dialects)}, but "
-                f"this checkpoint says {config.get('quant_method')!r}. Use --quantization "
+                f"this checkpoint says {config['quant_method']!r}. Use --quantization "
                 f"quantkit, which picks the method from the checkpoint."
             )
         return dialect.parse(config)
