@@ -23,6 +23,7 @@ STOP_LIMIT_S = 30
 NAME = "demo"
 QUESTION = "Explain foreign keys in SQLite."
 PROMPT = "The database server"
+TEMPERATURE = 0.7  # greedy text of a small model soon repeats itself
 
 
 class ServerError(RuntimeError):
@@ -72,7 +73,7 @@ class Server:
             self._progress("this model has no chat template; asking for a completion only.")
         try:
             text = client.completions.create(
-                model=NAME, prompt=PROMPT, max_tokens=48, temperature=0
+                model=NAME, prompt=PROMPT, max_tokens=48, temperature=TEMPERATURE, seed=0
             )
         except APIError as error:
             raise ServerError(f"the completion was refused: {error}") from error
@@ -83,7 +84,8 @@ class Server:
             model=NAME,
             messages=[{"role": "user", "content": QUESTION}],
             max_tokens=64,
-            temperature=0,
+            temperature=TEMPERATURE,
+            seed=0,
         )
         return answer.choices[0].message.content or ""
 

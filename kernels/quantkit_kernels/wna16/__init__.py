@@ -1,8 +1,8 @@
 """Linear layers with 2- to 8-bit integer weights and 16-bit activations."""
 
-from quantkit_kernels.wna16.op import PackedWeight, pack_weight, wna16_linear
+from quantkit_kernels.wna16.op import pack_weight, wna16_linear
 from quantkit_kernels.wna16.reference import reference_linear
-from quantkit_kernels.wna16.weights import IntWeight, UniformWeight, make_uniform
+from quantkit_kernels.wna16.weights import IntWeight, PackedWeight, UniformWeight, make_uniform
 
 __all__ = [
     "IntWeight",

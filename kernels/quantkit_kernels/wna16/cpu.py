@@ -12,8 +12,7 @@ from torch import Tensor
 
 from quantkit_kernels.wna16.cpu_inner import PANEL, PANEL_BYTES
 from quantkit_kernels.wna16.cpu_jit import Kernel, host_kernel
-from quantkit_kernels.wna16.op import PackedWeight
-from quantkit_kernels.wna16.weights import UniformWeight, gather_inputs
+from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
 CHUNK_ROWS = 256
 """Most rows of a task: the activations of a group, the sums and the tile take 104 KiB of cache.

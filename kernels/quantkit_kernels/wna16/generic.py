@@ -5,8 +5,7 @@ from torch import Tensor
 
 from quantkit_kernels.packing import pack_aligned, unpack_aligned
 from quantkit_kernels.quant_math import dequantize_codes
-from quantkit_kernels.wna16.op import PackedWeight
-from quantkit_kernels.wna16.weights import UniformWeight, gather_inputs
+from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
 
 def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from quantkit_kernels.wna16.weights import IntWeight, make_uniform
+from quantkit_kernels.wna16.weights import IntWeight, PackedWeight, make_uniform
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -18,39 +17,6 @@ torch.library.define(
     "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? gather, Tensor? bias, "
     "int bits, int group_size, int in_features, int out_features) -> Tensor",
 )
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight in the layout of the kernel that will run it; each device module describes its own.
-
-    Attributes:
-        codes: integer codes, packed.
-        scales: group scales, packed.
-        zeros: zero-points, packed; None where the layout holds them elsewhere.
-        gather: int32 [K'], as in `UniformWeight`.
-        bits: container width, 4 or 8.
-        group_size: input channels per scale.
-        in_features: K, the channels of x.
-        out_features: N, the channels of y.
-        kernel: the kernel's name, for the log.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    gather: Tensor | None
-    bits: int
-    group_size: int
-    in_features: int
-    out_features: int
-    kernel: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors together."""
-        tensors = (self.codes, self.scales, self.zeros, self.gather)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def pack_weight(weight: IntWeight, dtype: torch.dtype) -> PackedWeight:

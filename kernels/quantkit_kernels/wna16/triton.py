@@ -19,9 +19,8 @@ from quantkit_kernels.wna16.cuda_layout import (
     pack_scales,
     padded_columns,
 )
-from quantkit_kernels.wna16.op import PackedWeight
 from quantkit_kernels.wna16.triton_kernels import dequantise_rows, sum_splits, wna16_gemm
-from quantkit_kernels.wna16.weights import UniformWeight, gather_inputs
+from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
 DENSE_TOKENS = 1024
 """From this many tokens on, cuBLAS on dequantised weights is faster."""

@@ -72,6 +72,39 @@ class UniformWeight:
     container_bits: int
 
 
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in the layout of the kernel that will run it; each device module describes its own.
+
+    Attributes:
+        codes: integer codes, packed.
+        scales: group scales, packed.
+        zeros: zero-points, packed; None where the layout holds them elsewhere.
+        gather: int32 [K'], as in `UniformWeight`.
+        bits: container width, 4 or 8.
+        group_size: input channels per scale.
+        in_features: K, the channels of x.
+        out_features: N, the channels of y.
+        kernel: the kernel's name, for the log.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    gather: Tensor | None
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    kernel: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        tensors = (self.codes, self.scales, self.zeros, self.gather)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
 def make_uniform(weight: IntWeight) -> UniformWeight:
     """Reorder and pad input channels so that every group has one size.
 
