@@ -16,8 +16,12 @@ from quantkit_kernels.wna16 import (
     reference_linear,
     wna16_linear,
 )
-from quantkit_kernels.wna16.op import PackedWeight
-from quantkit_kernels.wna16.weights import GROUP_SIZES, PADDING_ALLOWANCE, gather_inputs
+from quantkit_kernels.wna16.weights import (
+    GROUP_SIZES,
+    PADDING_ALLOWANCE,
+    PackedWeight,
+    gather_inputs,
+)
 from tests.kernels.wna16_cases import MAX_ERROR, random_inputs, random_weight, relative_error
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -24,7 +24,6 @@ from quantkit_kernels.tuning import Device, TileConfig, select_tile
 from quantkit_kernels.wna16 import IntWeight, make_uniform, reference_linear
 from quantkit_kernels.wna16 import triton as backend
 from quantkit_kernels.wna16.cuda_layout import pack_codes, pack_scales, unpack_codes, unpack_scales
-from quantkit_kernels.wna16.op import PackedWeight
 from quantkit_kernels.wna16.triton_unpack import (
     add_pair,
     make_pair,
@@ -33,6 +32,7 @@ from quantkit_kernels.wna16.triton_unpack import (
     unpack4,
     unpack8,
 )
+from quantkit_kernels.wna16.weights import PackedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.interpreter
