@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +49,9 @@ def host_target(bits: int) -> Target:
     return Target(arithmetic, llvm.get_host_cpu_name(), features.flatten())
 
 
-class _ArgumentBlock(ctypes.Structure):
+class ArgumentBlock(ctypes.Structure):
+    """The fields of `cpu_kernel.FIELDS`; the counters start at 0."""
+
     _fields_ = tuple((name, ctypes.c_int64) for name in FIELDS)
 
 
@@ -65,9 +66,8 @@ class Kernel:
         self._serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
         self._parallel = _openmp_parallel()
 
-    def run(self, arguments: Mapping[str, int], threads: int) -> None:
-        """Compute all tasks; `arguments` are the fields but the counters, which start at 0."""
-        block = _ArgumentBlock(**arguments)
+    def run(self, block: ArgumentBlock, threads: int) -> None:
+        """Compute all tasks; the block's counters advance, so each call needs its own."""
         if threads == 1 or self._parallel is None:
             self._serial(ctypes.addressof(block))
         else:

@@ -126,9 +126,9 @@ def _implementation(device_type: str) -> Callable[..., Tensor]:
     ) -> Tensor:
         check_arguments(x, bias, bits, in_features, out_features)
         sizes = (bits, group_size, in_features, out_features)
-        rows = x.reshape(-1, in_features)
+        rows = x if x.dim() == 2 else x.reshape(-1, in_features)
         y: Tensor = _backend(device_type).linear(rows, codes, scales, zeros, gather, bias, *sizes)
-        return y.reshape(*x.shape[:-1], out_features)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 
     return run
 
