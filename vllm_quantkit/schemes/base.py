@@ -40,10 +40,6 @@ class LinearScheme(ABC):
             ValueError: a value no kernel can use, such as a scale that is not finite.
         """
 
-    @abstractmethod
-    def dequantize(self, parts: Mapping[Role, Tensor]) -> Tensor:
-        """W as float32 [N, K]."""
-
 
 class LinearKernel(Protocol):
     """The product of a packed layer; holds sizes, never tensors."""

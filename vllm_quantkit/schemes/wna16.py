@@ -47,10 +47,6 @@ class WNA16(LinearScheme):
         )
         return PackedLayer(tensors, kernel)
 
-    def dequantize(self, parts: Mapping[Role, Tensor]) -> Tensor:
-        """scales (codes - zeros) as float32 [N, K]."""
-        return self._int_weight(parts).dequantize()
-
     def _int_weight(self, parts: Mapping[Role, Tensor]) -> IntWeight:
         scales = parts[Role.SCALES].float()
         bad = ~torch.isfinite(scales)
