@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.machine import describe_machine
 from benchmarks.peers import Linear
-from quantkit_kernels.wna16 import IntWeight, pack_weight, reference_linear, wna16_linear
+from quantkit_kernels.wna16 import QuantizedWeight, pack_weight, reference_linear, wna16_linear
 
 SIZE, GROUP_SIZE, WEIGHTS = 4096, 128, 10
 ROWS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256, 512)
@@ -47,7 +47,7 @@ class Contender:
 
     name: str
     layers: list[Linear]
-    first: IntWeight
+    first: QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Row:
         return min(self.milliseconds.keys() & {ATEN, VLLM}, key=self.milliseconds.__getitem__)
 
 
-def random_weight(bits: int, symmetric: bool, seed: int) -> IntWeight:
+def random_weight(bits: int, symmetric: bool, seed: int) -> QuantizedWeight:
     """A 4096 x 4096 weight in groups of 128."""
     generator = torch.Generator().manual_seed(seed)
     shape, groups = (SIZE, SIZE), (SIZE, SIZE // GROUP_SIZE)
     zeros = torch.randint(0, 2**bits, groups, dtype=torch.uint8, generator=generator)
-    return IntWeight(
+    return QuantizedWeight(
         codes=torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator),
         scales=torch.rand(groups, generator=generator) * 0.02 + 1e-3,
         zeros=torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros,
@@ -81,20 +81,20 @@ def random_weight(bits: int, symmetric: bool, seed: int) -> IntWeight:
     )
 
 
-def bf16_linear(weight: IntWeight) -> Linear:
+def bf16_linear(weight: QuantizedWeight) -> Linear:
     """F.linear with the dequantised weight."""
     dense = weight.dequantize().bfloat16()
     return lambda x: torch.nn.functional.linear(x, dense)
 
 
-def our_linear(weight: IntWeight) -> Linear:
+def our_linear(weight: QuantizedWeight) -> Linear:
     """The op under test."""
     packed = pack_weight(weight, torch.bfloat16)
     return lambda x: wna16_linear(x, packed)
 
 
 def contend(
-    name: str, make: Callable[[IntWeight], Linear], bits: int, symmetric: bool
+    name: str, make: Callable[[QuantizedWeight], Linear], bits: int, symmetric: bool
 ) -> Contender:
     """The same kernel over `WEIGHTS` different weights."""
     weights = (random_weight(bits, symmetric, seed) for seed in range(WEIGHTS))

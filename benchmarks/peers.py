@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.packing import pack_aligned
-from quantkit_kernels.wna16 import IntWeight
+from quantkit_kernels.wna16 import QuantizedWeight
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -17,7 +17,7 @@ VLLM_BLOCK = 16
 """Output columns that vLLM's CPU kernel keeps together."""
 
 
-def aten_int4(weight: IntWeight) -> Linear:
+def aten_int4(weight: QuantizedWeight) -> Linear:
     """PyTorch's own CPU kernel, for symmetric weights; scales in bfloat16."""
     group_size = weight.codes.shape[1] // weight.scales.shape[1]
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
@@ -45,7 +45,7 @@ def load_vllm() -> Any:
     return _custom_ops
 
 
-def vllm_int4(weight: IntWeight) -> Linear:
+def vllm_int4(weight: QuantizedWeight) -> Linear:
     """vLLM's `cpu_gemm_wna16`, for symmetric weights; scales in bfloat16.
 
     Raises:

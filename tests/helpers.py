@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from quantkit_kernels.wna16 import IntWeight
+from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.formats import get_format
 from vllm_quantkit.quantize.checkpoint import Exchange, exchange_layers, write_checkpoint
 from vllm_quantkit.quantize.rtn import rtn
@@ -29,7 +29,7 @@ class QuantizedPair:
 
     quantized: Path
     twin: Path
-    layers: dict[str, IntWeight]
+    layers: dict[str, QuantizedWeight]
 
 
 def quantized_checkpoint(
@@ -84,7 +84,7 @@ def output_major(linear: nn.Module) -> Tensor:
 
 
 def dequantized_weights(
-    model: nn.Module, linears: dict[str, nn.Module], layers: dict[str, IntWeight]
+    model: nn.Module, linears: dict[str, nn.Module], layers: dict[str, QuantizedWeight]
 ) -> Exchange:
     """Every parameter in float32, the quantised weights dequantised and laid out as they were."""
     exchange = {name: {name: value.detach()} for name, value in model.named_parameters()}

@@ -7,13 +7,21 @@ from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Dialect = Literal["awq", "gptq", "compressed-tensors"]
-"""How the checkpoint names and lays out a layer's tensors."""
+from quantkit_kernels.act_quant.rows import PER_TENSOR, PER_TOKEN, RowCode
+from quantkit_kernels.code_types import CodeType
+
+Dialect = Literal[
+    "awq", "gptq", "compressed-tensors", "fp8", "fbgemm_fp8", "bitsandbytes", "16-bit"
+]
+"""How the checkpoint names and lays out a layer's tensors; `16-bit` ones are quantised on arrival."""
 
 PER_CHANNEL = -1
 """`group_size` of a weight with one scale per output channel."""
+
+ALL_ROWS = -1
+"""`scale_rows` of a weight whose output channels all share their scales."""
 
 
 class Frozen(BaseModel):
@@ -23,37 +31,77 @@ class Frozen(BaseModel):
 
 
 class WeightSpec(Frozen):
-    """W[n, k] = scale[n, g(k)] * (code[n, k] - zero[n, g(k)]), code in 0 .. 2**bits - 1.
+    """W[n, k] = scale[n, g(k)] * value(code[n, k]), code in 0 .. 2**bits - 1.
+
+    The value of an `int` is code - zero[n, g(k)], that of others is what the code type says.
 
     Attributes:
         bits: bits per weight code, 2 to 8.
         group_size: input channels that share a scale; -1 means all of them.
-        symmetric: True where every zero-point is 2**(bits - 1) and none is stored.
+        symmetric: True where every zero-point is 2**(bits - 1), or there is none, and none is
+            stored.
         act_order: True where g(k) is an arbitrary map stored in the checkpoint (GPTQ `desc_act`).
+        code_type: what a code stands for.
+        scale_rows: output channels that share a scale: 1, a block's height, or -1 for all of
+            them. Scales are spread over the rows when they are decoded.
     """
 
     bits: int = Field(ge=2, le=8)
     group_size: int = Field(ge=-1)
     symmetric: bool
     act_order: bool = False
+    code_type: CodeType = "int"
+    scale_rows: int = Field(default=1, ge=-1)
 
     def num_groups(self, in_features: int) -> int:
         """ceil(in_features / group_size), or 1 per channel."""
         return 1 if self.group_size == PER_CHANNEL else -(-in_features // self.group_size)
 
 
+class ActivationSpec(Frozen):
+    """x[m, k] ~ scale * (code - zero): activations in 8 bits.
+
+    Attributes:
+        code: integers or E4M3 floats.
+        dynamic: scales are computed from each batch; False takes the checkpoint's, per tensor.
+        group_size: channels that share a scale: all of a token (-1), all of the batch (0), or so
+            many of a token.
+        symmetric: False has a zero-point.
+        upper_bound: dynamic scales are made for at most this magnitude; None for no bound.
+        outlier_threshold: columns with a larger magnitude are multiplied in 16 bits
+            (LLM.int8(), arXiv 2208.07339); None for no such columns.
+    """
+
+    code: RowCode
+    dynamic: bool = True
+    group_size: int = Field(default=PER_TOKEN, ge=-1)
+    symmetric: bool = True
+    upper_bound: float | None = Field(default=None, gt=0)
+    outlier_threshold: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> ActivationSpec:
+        if not self.dynamic and self.group_size != PER_TENSOR:
+            raise ValueError("static activation scales are per tensor")
+        if not self.symmetric and self.code != "int8":
+            raise ValueError("only integers have zero-points")
+        return self
+
+
 class SchemeSpec(Frozen):
-    """How one layer is stored: dialect, weight numerics and the dialect's variant.
+    """How one layer is stored: dialect, numerics and the dialect's variant.
 
     Attributes:
         dialect: whose tensor names and packing the checkpoint uses.
         weight: the numerics of the weight.
         variant: the dialect's own layout version, such as AWQ's `gemm` or GPTQ's `gptq_v2`.
+        activation: the numerics of the activations; None leaves them in 16 bits.
     """
 
     dialect: Dialect
     weight: WeightSpec
     variant: str = ""
+    activation: ActivationSpec | None = None
 
 
 class LayerShape(Frozen):

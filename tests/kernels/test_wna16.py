@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit_kernels.wna16 import (
-    IntWeight,
+    QuantizedWeight,
     generic,
     make_uniform,
     pack_weight,
@@ -34,9 +34,9 @@ def _only_devices_present(request: pytest.FixtureRequest) -> None:
         pytest.skip("needs a CUDA device")
 
 
-def to_device(weight: IntWeight, device: str) -> IntWeight:
+def to_device(weight: QuantizedWeight, device: str) -> QuantizedWeight:
     tensors = (weight.codes, weight.scales, weight.zeros, weight.group_index)
-    return IntWeight(*(t.to(device) for t in tensors), weight.bits)
+    return QuantizedWeight(*(t.to(device) for t in tensors), weight.bits)
 
 
 def arguments(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[object, ...]:
@@ -122,7 +122,7 @@ def test_pack_refuses_dtype_and_group_index() -> None:
     weight = random_weight(32, 64, group_size=32)
     with pytest.raises(ValueError, match=r"activations of torch\.float64 are not served"):
         pack_weight(weight, torch.float64)
-    lost = IntWeight(weight.codes, weight.scales[:, :1], weight.zeros, weight.group_index, 4)
+    lost = QuantizedWeight(weight.codes, weight.scales[:, :1], weight.zeros, weight.group_index, 4)
     with pytest.raises(ValueError, match=r"group_index spans 0 .. 1, but .* groups 0 .. 0"):
         pack_weight(lost, torch.float32)
 
@@ -133,7 +133,7 @@ def test_nbytes_is_close_to_the_bits() -> None:
 
 
 @st.composite
-def any_weights(draw: st.DrawFn) -> IntWeight:
+def any_weights(draw: st.DrawFn) -> QuantizedWeight:
     """Weights with groups of any sizes in any order, some of them empty."""
     groups = draw(st.integers(1, 6))
     channels = draw(st.integers(1, 300))
@@ -141,7 +141,7 @@ def any_weights(draw: st.DrawFn) -> IntWeight:
     weight = random_weight(draw(st.integers(1, 5)), channels, group_size=channels)
     seed = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     rows = weight.codes.shape[0]
-    return IntWeight(
+    return QuantizedWeight(
         weight.codes,
         torch.rand(rows, groups, generator=seed) + 0.1,
         torch.randint(0, 17, (rows, groups), dtype=torch.uint8, generator=seed),
@@ -150,7 +150,7 @@ def any_weights(draw: st.DrawFn) -> IntWeight:
     )
 
 
-def dequantized(weight: IntWeight) -> Tensor:
+def dequantized(weight: QuantizedWeight) -> Tensor:
     """The weight that `make_uniform` stands for, with its columns back in place."""
     uniform = make_uniform(weight)
     columns = uniform.codes.shape[1]
@@ -163,13 +163,13 @@ def dequantized(weight: IntWeight) -> Tensor:
 
 @settings(deadline=None)
 @given(weight=any_weights())
-def test_uniform_weight_is_the_same_weight(weight: IntWeight) -> None:
+def test_uniform_weight_is_the_same_weight(weight: QuantizedWeight) -> None:
     torch.testing.assert_close(dequantized(weight), weight.dequantize(), rtol=1e-6, atol=1e-6)
 
 
 @settings(deadline=None)
 @given(weight=any_weights())
-def test_uniform_weight_has_equal_groups(weight: IntWeight) -> None:
+def test_uniform_weight_has_equal_groups(weight: QuantizedWeight) -> None:
     uniform = make_uniform(weight)
     columns = uniform.codes.shape[1]
     assert uniform.group_size in GROUP_SIZES

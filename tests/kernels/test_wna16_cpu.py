@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit_kernels.wna16 import IntWeight, cpu, pack_weight, reference_linear, wna16_linear
+from quantkit_kernels.wna16 import QuantizedWeight, cpu, pack_weight, reference_linear, wna16_linear
 from quantkit_kernels.wna16.cpu_inner import Arithmetic
 from quantkit_kernels.wna16.cpu_jit import Kernel, Target, assembly, host_target
 from tests.kernels.wna16_cases import MAX_ERROR, random_inputs, random_weight, relative_error
@@ -57,7 +57,7 @@ def _poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def run(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def run(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     return wna16_linear(x, pack_weight(weight, x.dtype), bias)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime.interpreter import TensorHandle
 
 from quantkit_kernels.tuning import Device, TileConfig, select_tile
-from quantkit_kernels.wna16 import IntWeight, make_uniform, reference_linear
+from quantkit_kernels.wna16 import QuantizedWeight, make_uniform, reference_linear
 from quantkit_kernels.wna16 import triton as backend
 from quantkit_kernels.wna16.cuda_layout import pack_codes, pack_scales, unpack_codes, unpack_scales
 from quantkit_kernels.wna16.triton_unpack import (
@@ -75,14 +75,14 @@ def test_in_the_interpreter() -> None:
 
 def int_weight(
     n: int, k: int, group: int, bits: int, *, symmetric: bool = False, shuffled: bool = False
-) -> IntWeight:
+) -> QuantizedWeight:
     """A random weight; asymmetric zeros span 0 .. 2**bits, as GPTQ's do, but fit in a byte."""
     groups = -(-k // group)
     index = torch.arange(k) // group
     zeros = torch.randint(0, min(2**bits, 255) + 1, (n, groups))
     if symmetric:
         zeros.fill_(2 ** (bits - 1))
-    return IntWeight(
+    return QuantizedWeight(
         codes=torch.randint(0, 2**bits, (n, k), dtype=torch.uint8),
         scales=(torch.rand(n, groups) * 0.02 + 0.005).half().float(),
         zeros=zeros.to(torch.uint8),
@@ -122,7 +122,7 @@ def error(y: Tensor, expected: Tensor) -> float:
     return float((y.float() - expected).norm() / expected.norm())
 
 
-def check(x: Tensor, weight: IntWeight, bias: Tensor | None, limit: float) -> None:
+def check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, limit: float) -> None:
     y = run(x, backend.pack(make_uniform(weight), x.dtype), bias)
     assert y.dtype == x.dtype
     assert error(y, reference_linear(x, weight, bias)) <= limit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit_kernels.wna16 import IntWeight, reference_linear
+from quantkit_kernels.wna16 import QuantizedWeight, reference_linear
 
 MAX_ERROR = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 2e-6}
 """Frobenius norm of the error over that of y, by dtype of y.
@@ -24,7 +24,7 @@ def random_weight(
     symmetric: bool = False,
     act_order: bool = False,
     seed: int = 0,
-) -> IntWeight:
+) -> QuantizedWeight:
     """A weight whose last group may be short, with zero-points up to the 2**bits GPTQ can store."""
     generator = torch.Generator().manual_seed(seed)
     groups = -(-in_features // group_size)
@@ -32,7 +32,7 @@ def random_weight(
     zeros = torch.randint(
         0, min(2**bits + 1, 256), (out_features, groups), dtype=torch.uint8, generator=generator
     )
-    return IntWeight(
+    return QuantizedWeight(
         codes=torch.randint(
             0, 2**bits, (out_features, in_features), dtype=torch.uint8, generator=generator
         ),
@@ -53,7 +53,9 @@ def random_inputs(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
     return x.to(dtype)
 
 
-def relative_error(y: Tensor, x: Tensor, weight: IntWeight, bias: Tensor | None = None) -> float:
+def relative_error(
+    y: Tensor, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None
+) -> float:
     """Norm of y - reference over the norm of the reference."""
     expected = reference_linear(x, weight, bias)
     assert y.shape == expected.shape

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit_kernels.wna16 import IntWeight
+from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import QuantkitError
 from vllm_quantkit.quantize import gptq, rtn
 from vllm_quantkit.quantize.gptq import inverse_factor
@@ -41,7 +41,7 @@ def hessian() -> Tensor:
     return correlated_hessian()
 
 
-def output_error(result: IntWeight, weight: Tensor, hessian: Tensor) -> float:
+def output_error(result: QuantizedWeight, weight: Tensor, hessian: Tensor) -> float:
     error = result.dequantize() - weight
     return float(((error @ hessian) * error).sum())
 
@@ -59,7 +59,7 @@ def test_lowers_the_output_error_of_rounding_to_nearest(
     assert ratio < 0.8
 
 
-def naive_gptq(weight: Tensor, hessian: Tensor, grid: IntWeight) -> Tensor:
+def naive_gptq(weight: Tensor, hessian: Tensor, grid: QuantizedWeight) -> Tensor:
     """Optimal brain quantisation in a fixed order on a fixed grid, straight from its definition."""
     weight, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
     scales = grid.scales[:, grid.group_index.long()].double()

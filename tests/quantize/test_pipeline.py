@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from quantkit_kernels.wna16 import IntWeight
+from quantkit_kernels.wna16 import QuantizedWeight
 from tests.tiny_models import create_tiny_model
 from vllm_quantkit.errors import CheckpointError, QuantkitError, UnsupportedScheme
 from vllm_quantkit.formats import Role, get_format
@@ -55,7 +55,7 @@ def decode(folder: Path, layer: str, scheme: SchemeSpec, shape: tuple[int, int])
     values = {t.role: t.decode(stored[f"{layer}.{t.name}"]) for t in tensors}
     order = torch.arange(shape[1]) // scheme.weight.group_size
     zeros = torch.full_like(values[Role.SCALES], 2 ** (scheme.weight.bits - 1))
-    return IntWeight(
+    return QuantizedWeight(
         codes=values[Role.CODES],
         scales=values[Role.SCALES],
         zeros=values.get(Role.ZEROS, zeros),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from quantkit_kernels.wna16 import IntWeight
+from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import QuantkitError
 from vllm_quantkit.quantize import rtn
 from vllm_quantkit.quantize.rtn import diagonal_blocks
@@ -19,7 +19,7 @@ def random_weight(rows: int = 24, columns: int = 160, seed: int = 0) -> torch.Te
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def scale_of_each_weight(weight: IntWeight) -> torch.Tensor:
+def scale_of_each_weight(weight: QuantizedWeight) -> torch.Tensor:
     return weight.scales[:, weight.group_index.long()]
 
 
@@ -74,7 +74,7 @@ def test_clipping_lowers_the_error_it_measures(symmetric: bool, with_hessian: bo
     hessian = inputs.T @ inputs / 512 if with_hessian else torch.eye(160)
     blocks = diagonal_blocks(hessian, 32)
 
-    def group_errors(result: IntWeight) -> torch.Tensor:
+    def group_errors(result: QuantizedWeight) -> torch.Tensor:
         error = (result.dequantize() - weight).view(24, 5, 32)
         return torch.einsum("ngi,gij,ngj->ng", error, blocks, error)
 

@@ -21,6 +21,10 @@ class Role(StrEnum):
     ZEROS = "zeros"  # uint8 [N, G], 0 .. 2**bits
     GROUP_INDEX = "group_index"  # int32 [K], each in 0 .. G - 1
     SHAPE = "shape"  # int64 [2], must equal (N, K)
+    INPUT_SCALE = "input_scale"  # float32 [1], the static scale of the activations
+    INPUT_ZERO = "input_zero"  # float32 [1], their zero-point among codes -128 .. 127
+    WEIGHT = "weight"  # float [N, K], to be quantised on arrival
+    MARK = "mark"  # a constant that says how the others are stored; decode checks it
 
 
 @dataclass(frozen=True)

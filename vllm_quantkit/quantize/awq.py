@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from quantkit_kernels.wna16 import IntWeight
+from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.quantize.calibration import InputStats
 from vllm_quantkit.quantize.rtn import finite_weight, group_width, rtn, split_groups
 from vllm_quantkit.spec import WeightSpec
@@ -30,7 +30,7 @@ def awq(
     spec: WeightSpec,
     *,
     scale_dtype: torch.dtype = torch.float16,
-) -> IntWeight:
+) -> QuantizedWeight:
     """Rounds to nearest after clipping each group's range to the least output error.
 
     Args:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantkit_kernels.wna16 import IntWeight
+from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.formats import Role, get_format
 from vllm_quantkit.spec import LayerShape, SchemeSpec
@@ -37,7 +37,7 @@ def refuse_existing(out: Path) -> None:
         raise CheckpointError(f"{out} already exists: remove it, or write to another folder.")
 
 
-def encode_layer(weight: IntWeight, scheme: SchemeSpec) -> dict[str, Tensor]:
+def encode_layer(weight: QuantizedWeight, scheme: SchemeSpec) -> dict[str, Tensor]:
     """The tensors of a layer as its dialect stores them, by their name behind the layer's."""
     out_features, in_features = weight.codes.shape
     canonical = {
@@ -53,7 +53,7 @@ def encode_layer(weight: IntWeight, scheme: SchemeSpec) -> dict[str, Tensor]:
 
 
 def exchange_layers(
-    layers: Mapping[str, IntWeight], scheme: SchemeSpec
+    layers: Mapping[str, QuantizedWeight], scheme: SchemeSpec
 ) -> dict[str, dict[str, Tensor]]:
     """`<layer>.weight` to the layer's encoded tensors, for every layer."""
     return {

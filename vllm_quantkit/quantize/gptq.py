@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.quant_math import dequantize_codes, quantize_codes
-from quantkit_kernels.wna16 import IntWeight
+from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import QuantkitError
 from vllm_quantkit.quantize.rtn import find_grid, finite_weight, group_width, in_channel_order
 from vllm_quantkit.spec import WeightSpec
@@ -30,7 +30,7 @@ def gptq(
     damping: float = 0.01,
     clip: bool = False,
     scale_dtype: torch.dtype = torch.float16,
-) -> IntWeight:
+) -> QuantizedWeight:
     """Lowers tr(E H E^T), E = W - dequantise(codes), by feedback of each channel's rounding error.
 
     Args:

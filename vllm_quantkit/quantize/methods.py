@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from quantkit_kernels.wna16 import IntWeight
+from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.quantize.awq import awq
 from vllm_quantkit.quantize.calibration import InputStats
 from vllm_quantkit.quantize.gptq import gptq
@@ -26,7 +26,7 @@ class Method(Protocol):
     def scales_channels(self) -> bool:
         """True where input channels are scaled, and the scales folded, before rounding."""
 
-    def quantize(self, weight: Tensor, stats: InputStats) -> IntWeight:
+    def quantize(self, weight: Tensor, stats: InputStats) -> QuantizedWeight:
         """The codes of a weight [N, K] whose inputs have these moments."""
 
 
@@ -38,7 +38,7 @@ class Rtn:
     clip: bool = False
     scales_channels: ClassVar[bool] = False
 
-    def quantize(self, weight: Tensor, stats: InputStats) -> IntWeight:
+    def quantize(self, weight: Tensor, stats: InputStats) -> QuantizedWeight:
         """See `rtn`."""
         return rtn(weight, self.spec, clip=self.clip, hessian=stats.hessian)
 
@@ -52,7 +52,7 @@ class Gptq:
     clip: bool = True
     scales_channels: ClassVar[bool] = False
 
-    def quantize(self, weight: Tensor, stats: InputStats) -> IntWeight:
+    def quantize(self, weight: Tensor, stats: InputStats) -> QuantizedWeight:
         """See `gptq`."""
         return gptq(weight, stats.hessian, self.spec, damping=self.damping, clip=self.clip)
 
@@ -64,7 +64,7 @@ class Awq:
     spec: WeightSpec
     scales_channels: ClassVar[bool] = True
 
-    def quantize(self, weight: Tensor, stats: InputStats) -> IntWeight:
+    def quantize(self, weight: Tensor, stats: InputStats) -> QuantizedWeight:
         """See `awq`."""
         return awq(weight, stats, self.spec)
 

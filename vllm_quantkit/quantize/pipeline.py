@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from quantkit_kernels.wna16 import IntWeight
+from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import QuantkitError
 from vllm_quantkit.formats import get_format
 from vllm_quantkit.quantize.awq import awq_scales, fold
@@ -39,7 +39,7 @@ class Quantized:
         changed: 16-bit parameters that folding changed, such as norm weights.
     """
 
-    layers: dict[str, IntWeight] = field(default_factory=dict)
+    layers: dict[str, QuantizedWeight] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
 
@@ -181,7 +181,7 @@ def scale_block(
                 yield f"{block.name}.{stage.previous}.{name}", value.detach()
 
 
-def quantize_block(block: Block, method: Method) -> Iterator[tuple[str, IntWeight, float]]:
+def quantize_block(block: Block, method: Method) -> Iterator[tuple[str, QuantizedWeight, float]]:
     """Replaces the block's linear weights by dequantised codes, stage by stage.
 
     Args:

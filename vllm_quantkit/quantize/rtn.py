@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.quant_math import dequantize_codes, minmax_scales, quantize_codes
-from quantkit_kernels.wna16 import IntWeight
+from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import QuantkitError
 from vllm_quantkit.spec import PER_CHANNEL, WeightSpec
 
@@ -22,7 +22,7 @@ def rtn(
     clip: bool = False,
     hessian: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
-) -> IntWeight:
+) -> QuantizedWeight:
     """W ~ scale * (code - zero), code = round(W / scale) + zero, scale from the group's range.
 
     Args:
@@ -102,7 +102,7 @@ def round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def in_channel_order(
     codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor, spec: WeightSpec
-) -> IntWeight:
+) -> QuantizedWeight:
     """codes[:, order[i]] = given codes[:, i], and channel order[i] belongs to group i // g.
 
     Args:
@@ -115,7 +115,7 @@ def in_channel_order(
     position = torch.argsort(order)
     group_index = position // group_width(spec, order.numel())
     codes = codes[:, position].contiguous()
-    return IntWeight(codes, scales, zeros, group_index.to(torch.int32), spec.bits)
+    return QuantizedWeight(codes, scales, zeros, group_index.to(torch.int32), spec.bits)
 
 
 def group_width(spec: WeightSpec, in_features: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit_kernels.wna16 import IntWeight, pack_weight
+from quantkit_kernels.wna16 import QuantizedWeight, pack_weight
 from vllm_quantkit.formats import CheckpointTensor, Role, get_format
 from vllm_quantkit.schemes.base import LinearScheme, PackedLayer
 from vllm_quantkit.spec import LayerShape, SchemeSpec
@@ -47,7 +47,7 @@ class WNA16(LinearScheme):
         )
         return PackedLayer(tensors, kernel)
 
-    def _int_weight(self, parts: Mapping[Role, Tensor]) -> IntWeight:
+    def _int_weight(self, parts: Mapping[Role, Tensor]) -> QuantizedWeight:
         scales = parts[Role.SCALES].float()
         bad = ~torch.isfinite(scales)
         if bad.any():
@@ -55,7 +55,7 @@ class WNA16(LinearScheme):
             raise ValueError(
                 f"the scale of output channel {row}, group {group} is {scales[row, group].item()}"
             )
-        return IntWeight(
+        return QuantizedWeight(
             codes=parts[Role.CODES],
             scales=scales,
             zeros=parts[Role.ZEROS].to(torch.uint8),

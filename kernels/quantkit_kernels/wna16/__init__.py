@@ -2,11 +2,16 @@
 
 from quantkit_kernels.wna16.op import pack_weight, wna16_linear
 from quantkit_kernels.wna16.reference import reference_linear
-from quantkit_kernels.wna16.weights import IntWeight, PackedWeight, UniformWeight, make_uniform
+from quantkit_kernels.wna16.weights import (
+    PackedWeight,
+    QuantizedWeight,
+    UniformWeight,
+    make_uniform,
+)
 
 __all__ = [
-    "IntWeight",
     "PackedWeight",
+    "QuantizedWeight",
     "UniformWeight",
     "make_uniform",
     "pack_weight",

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quantkit_kernels.wna16.weights import IntWeight, PackedWeight, make_uniform
+from quantkit_kernels.wna16.weights import PackedWeight, QuantizedWeight, make_uniform
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -19,7 +19,7 @@ torch.library.define(
 )
 
 
-def pack_weight(weight: IntWeight, dtype: torch.dtype) -> PackedWeight:
+def pack_weight(weight: QuantizedWeight, dtype: torch.dtype) -> PackedWeight:
     """Lay `weight` out for the kernel of the device it lies on.
 
     Args:

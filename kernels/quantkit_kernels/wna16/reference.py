@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from quantkit_kernels.wna16.weights import IntWeight
+from quantkit_kernels.wna16.weights import QuantizedWeight
 
 
-def reference_linear(x: Tensor, weight: IntWeight, bias: Tensor | None = None) -> Tensor:
+def reference_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """y[m, n] = sum_k x[m, k] scales[n, g(k)] (codes[n, k] - zeros[n, g(k)]) + bias[n].
 
     Args:

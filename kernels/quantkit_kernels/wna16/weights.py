@@ -1,4 +1,4 @@
-"""Integer weights with 16-bit activations: what a weight is before and after packing."""
+"""Weights with 16-bit activations: what a weight is before and after packing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit_kernels.code_types import CodeType, code_values
 from quantkit_kernels.quant_math import dequantize_codes
 
 CONTAINER_BITS = (4, 8)
@@ -20,17 +21,20 @@ PADDING_ALLOWANCE = 1.05
 
 
 @dataclass(frozen=True)
-class IntWeight:
-    """W[n, k] = scales[n, g(k)] * (codes[n, k] - zeros[n, g(k)]), g(k) = group_index[k].
+class QuantizedWeight:
+    """W[n, k] = scales[n, g(k)] * value(codes[n, k]), g(k) = group_index[k].
 
+    Integers: value(code) = code - zeros[n, g(k)]. Others: value(code) = code_values(type)[code].
     Any bit width, group size, order and raggedness: what checkpoints mean, on any device.
 
     Attributes:
         codes: uint8 [N, K], each below 2**bits.
         scales: float32 [N, G].
-        zeros: uint8 [N, G], 0 .. 2**bits (GPTQ's first format can store 2**bits).
+        zeros: uint8 [N, G], 0 .. 2**bits (GPTQ's first format can store 2**bits); all 0, and not
+            looked at, where the code type is not `int`.
         group_index: int32 [K], each in 0 .. G - 1.
         bits: 2 to 8.
+        code_type: what a code stands for.
     """
 
     codes: Tensor
@@ -38,11 +42,15 @@ class IntWeight:
     zeros: Tensor
     group_index: Tensor
     bits: int
+    code_type: CodeType = "int"
 
     def dequantize(self) -> Tensor:
         """W as float32 [N, K]."""
         index = self.group_index.long()
-        return dequantize_codes(self.codes, self.scales[:, index], self.zeros[:, index])
+        if self.code_type == "int":
+            return dequantize_codes(self.codes, self.scales[:, index], self.zeros[:, index])
+        values = code_values(self.code_type).to(self.codes.device)
+        return values[self.codes.long()] * self.scales[:, index]
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class PackedWeight:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def make_uniform(weight: IntWeight) -> UniformWeight:
+def make_uniform(weight: QuantizedWeight) -> UniformWeight:
     """Reorder and pad input channels so that every group has one size.
 
     Raises:

@@ -1,0 +1,128 @@
+"""Quantised activations in one tensor: each row carries its codes, then its scales.
+
+One uint8 tensor [M, stride] passes through a model's code where the 16-bit activations did, so a
+norm or an activation function can quantise for the linear layer that follows it.
+
+    bytes 0 .. K                      codes: int8 (two's complement) or E4M3
+    bytes scales_at .. + 4 G          float32 scales, one per group of the row
+    bytes zero_at .. + 4              float32 zero-point, a whole number; 0 where symmetric
+
+x[m, k] ~ scales[m, k // group_size] * (code[m, k] - zero[m]). Bytes between the parts are 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RowCode = Literal["int8", "e4m3"]
+"""What a row's codes are: two's complement integers, or E4M3 floats."""
+
+ROW_ALIGNMENT = 16
+"""Bytes: rows and scales start where a 16-byte load may."""
+
+PER_TOKEN = -1
+"""`group_size` of rows with one scale each."""
+
+PER_TENSOR = 0
+"""`group_size` of rows that share one dynamic scale; every row still carries it."""
+
+LARGEST_CODE = {"int8": 127.0, "e4m3": 448.0}
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where the parts of a row lie, in bytes.
+
+    Attributes:
+        in_features: K, codes in a row.
+        groups: G, scales in a row.
+    """
+
+    in_features: int
+    groups: int
+
+    @property
+    def scales_at(self) -> int:
+        """Where the scales start."""
+        return -(-self.in_features // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+    @property
+    def zero_at(self) -> int:
+        """Where the zero-point is."""
+        return self.scales_at + 4 * self.groups
+
+    @property
+    def stride(self) -> int:
+        """Bytes from a row to the next."""
+        return -(-(self.zero_at + 4) // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+@dataclass(frozen=True)
+class RowQuantizer:
+    """How activations are quantised.
+
+    Attributes:
+        code: what the codes are.
+        group_size: channels that share a scale: `PER_TOKEN`, `PER_TENSOR` or a positive number.
+        symmetric: False adds a zero-point per row (`int8` per token only, when dynamic).
+        upper_bound: dynamic scales are made for at most this magnitude (FBGEMM); infinity for none.
+    """
+
+    code: RowCode
+    group_size: int = PER_TOKEN
+    symmetric: bool = True
+    upper_bound: float = float("inf")
+
+    def layout(self, in_features: int) -> RowLayout:
+        """The rows it makes of K channels."""
+        groups = -(-in_features // self.group_size) if self.group_size > 0 else 1
+        return RowLayout(in_features, groups)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The parts of quantised rows.
+
+    Attributes:
+        codes: int8 or float8_e4m3fn [M, K].
+        scales: float32 [M, G].
+        zeros: float32 [M].
+        group_size: channels that share a scale; K where the whole row does.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group_size: int
+
+    def dequantize(self) -> Tensor:
+        """x as float32 [M, K]."""
+        scales = self.scales.repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
+        return scales * (self.codes.float() - self.zeros[:, None])
+
+
+def split_rows(rows: Tensor, quantizer: RowQuantizer, in_features: int) -> Rows:
+    """Views of the parts of `rows`, uint8 [M, stride]."""
+    layout = quantizer.layout(in_features)
+    dtype = torch.int8 if quantizer.code == "int8" else torch.float8_e4m3fn
+    return Rows(
+        codes=rows[:, :in_features].view(dtype),
+        scales=rows[:, layout.scales_at : layout.zero_at].view(torch.float32),
+        zeros=rows[:, layout.zero_at : layout.zero_at + 4].view(torch.float32)[:, 0],
+        group_size=quantizer.group_size if quantizer.group_size > 0 else in_features,
+    )
+
+
+def join_rows(parts: Rows) -> Tensor:
+    """The inverse of `split_rows`: uint8 [M, stride]."""
+    codes, scales, zeros = parts.codes, parts.scales, parts.zeros[:, None]
+    layout = RowLayout(codes.shape[1], scales.shape[1])
+    rows = torch.zeros(len(codes), layout.stride, dtype=torch.uint8, device=codes.device)
+    rows[:, : codes.shape[1]] = codes.view(torch.uint8)
+    rows[:, layout.scales_at : layout.zero_at] = scales.contiguous().view(torch.uint8)
+    rows[:, layout.zero_at : layout.zero_at + 4] = zeros.contiguous().view(torch.uint8)
+    return rows
