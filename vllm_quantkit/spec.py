@@ -15,7 +15,7 @@ from quantkit_kernels.code_types import CodeType
 Dialect = Literal[
     "awq", "gptq", "compressed-tensors", "fp8", "fbgemm_fp8", "bitsandbytes", "16-bit"
 ]
-"""How the checkpoint names and lays out a layer's tensors; `16-bit` ones are quantised on arrival."""
+"""How the checkpoint names and lays out a layer's tensors; `16-bit` is quantised on arrival."""
 
 PER_CHANNEL = -1
 """`group_size` of a weight with one scale per output channel."""
