@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from llvmlite import ir
 
-from quantkit_kernels.wna16.cpu_ir import (
+from quantkit_kernels.cpu_ir import (
     F32,
     I16,
     LANES,

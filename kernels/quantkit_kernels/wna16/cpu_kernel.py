@@ -13,6 +13,14 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
+from quantkit_kernels.cpu_ir import (
+    F32,
+    I64,
+    VECTOR_F32,
+    VECTOR_I16,
+    VECTOR_I32,
+    Emitter,
+)
 from quantkit_kernels.wna16.cpu_inner import (
     PANEL,
     PANEL_BYTES,
@@ -22,14 +30,6 @@ from quantkit_kernels.wna16.cpu_inner import (
     Tile,
     build_multiply,
     build_unpack,
-)
-from quantkit_kernels.wna16.cpu_ir import (
-    F32,
-    I64,
-    VECTOR_F32,
-    VECTOR_I16,
-    VECTOR_I32,
-    Emitter,
 )
 
 COUNTERS = ("next_task", "next_slot")
