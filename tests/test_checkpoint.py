@@ -11,7 +11,14 @@ from vllm_quantkit.checkpoint import (
 )
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.formats import get_format
-from vllm_quantkit.spec import LayerRules, LayerShape, SchemeSpec, WeightSpec
+from vllm_quantkit.spec import (
+    ALL_ROWS,
+    ActivationSpec,
+    LayerRules,
+    LayerShape,
+    SchemeSpec,
+    WeightSpec,
+)
 
 N, K = 24, 96
 SHAPE = LayerShape(out_features=N, in_features=K)
@@ -23,7 +30,32 @@ def scheme(dialect, **weight):
     return SchemeSpec(dialect=dialect, weight=WeightSpec(**numerics))
 
 
+def eight_bits(dialect, activation=None, variant="", **weight):
+    numerics = {"bits": 8, "group_size": -1, "symmetric": True, "code_type": "e4m3", **weight}
+    return SchemeSpec(
+        dialect=dialect, weight=WeightSpec(**numerics), variant=variant, activation=activation
+    )
+
+
+STATIC = ActivationSpec(code="e4m3", dynamic=False, group_size=0)
+INT8_STATIC = ActivationSpec(code="int8", dynamic=False, group_size=0, symmetric=False)
+
 SCHEMES = [
+    eight_bits("fp8", STATIC, scale_rows=ALL_ROWS),
+    eight_bits("fp8", scale_rows=ALL_ROWS),
+    eight_bits("fp8", group_size=64, scale_rows=16),
+    eight_bits("fbgemm_fp8", ActivationSpec(code="e4m3", upper_bound=1200.0)),
+    eight_bits("compressed-tensors", None, "float-quantized"),
+    eight_bits("compressed-tensors", INT8_STATIC, "int-quantized", code_type="int"),
+    eight_bits(
+        "compressed-tensors",
+        None,
+        "naive-quantized",
+        code_type="int",
+        symmetric=False,
+        group_size=32,
+    ),
+    eight_bits("bitsandbytes", ActivationSpec(code="int8"), code_type="int"),
     scheme("awq"),
     scheme("awq").model_copy(update={"variant": "gemv"}),
     scheme("gptq", bits=3),
@@ -115,6 +147,8 @@ def test_every_required_tensor_is_missed(tmp_path, spec):
         (scheme("awq", symmetric=True), "qzeros"),
         (scheme("gptq", symmetric=True), "qzeros"),
         (scheme("gptq"), "g_idx"),
+        (eight_bits("fp8", scale_rows=ALL_ROWS), "input_scale"),
+        (eight_bits("bitsandbytes", code_type="int"), "weight_format"),
     ],
 )
 def test_optional_tensors_may_lack(tmp_path, spec, name):
@@ -144,10 +178,10 @@ def test_every_wrong_shape_is_found(tmp_path, spec):
 @pytest.mark.parametrize("spec", SCHEMES)
 def test_every_wrong_dtype_is_found(tmp_path, spec):
     for tensor in get_format(spec.dialect).tensors(spec, SHAPE):
-        wrong = torch.zeros(tensor.shape, dtype=torch.uint8)
+        wrong = torch.zeros(tensor.shape, dtype=torch.int16)
         message = fault(tmp_path, spec, lambda t, n=tensor.name, w=wrong: t.update({f"{Q}.{n}": w}))
         assert f"{Q}.{tensor.name} in " in message
-        assert "dtype torch.uint8, but " in message
+        assert "dtype torch.int16, but " in message
 
 
 def test_group_size_that_does_not_fit_the_config(tmp_path):

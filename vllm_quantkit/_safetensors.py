@@ -29,6 +29,8 @@ DTYPES = {
     "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
     "I16": torch.int16,
     "U16": torch.uint16,
@@ -64,14 +66,18 @@ class TensorHeader:
     file: Path
     offset: int = field(default=0, compare=False)
 
-    def read_integers(self) -> list[int]:
-        """The values of a tiny int64 or int32 tensor; empty if the file is not there to read."""
+    def read_bytes(self) -> bytes:
+        """The bytes of a tiny tensor; none if the file is not there to read."""
         if not self.file.is_file():
-            return []
+            return b""
         with self.file.open("rb") as stream:
             stream.seek(self.offset)
-            data = stream.read(prod(self.shape) * self.dtype.itemsize)
-        return torch.frombuffer(bytearray(data), dtype=self.dtype).tolist()
+            return stream.read(prod(self.shape) * self.dtype.itemsize)
+
+    def read_integers(self) -> list[int]:
+        """The values of a tiny int64 or int32 tensor; empty if the file is not there to read."""
+        data = self.read_bytes()
+        return torch.frombuffer(bytearray(data), dtype=self.dtype).tolist() if data else []
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:

@@ -57,6 +57,15 @@ class WeightSpec(Frozen):
         """ceil(in_features / group_size), or 1 per channel."""
         return 1 if self.group_size == PER_CHANNEL else -(-in_features // self.group_size)
 
+    def describe(self) -> str:
+        """The numerics in a few words."""
+        kind = f"{self.bits} bits" if self.code_type == "int" else self.code_type.upper()
+        if self.group_size != PER_CHANNEL and self.scale_rows > 1:
+            return f"{kind}, blocks of {self.scale_rows}x{self.group_size}"
+        if self.group_size != PER_CHANNEL:
+            return f"{kind}, group {self.group_size}"
+        return f"{kind}, per {'tensor' if self.scale_rows == ALL_ROWS else 'channel'}"
+
 
 class ActivationSpec(Frozen):
     """x[m, k] ~ scale * (code - zero): activations in 8 bits.
@@ -87,6 +96,15 @@ class ActivationSpec(Frozen):
             raise ValueError("only integers have zero-points")
         return self
 
+    def describe(self) -> str:
+        """The numerics in a few words."""
+        per = {PER_TOKEN: "token", PER_TENSOR: "tensor"}.get(self.group_size)
+        per = per or f"group of {self.group_size}"
+        zero = "" if self.symmetric else " asymmetric"
+        outliers = "" if self.outlier_threshold is None else f", outliers {self.outlier_threshold}"
+        kind = "dynamic" if self.dynamic else "static"
+        return f"{kind}{zero} {self.code.upper()} activations per {per}{outliers}"
+
 
 class SchemeSpec(Frozen):
     """How one layer is stored: dialect, numerics and the dialect's variant.
@@ -94,7 +112,8 @@ class SchemeSpec(Frozen):
     Attributes:
         dialect: whose tensor names and packing the checkpoint uses.
         weight: the numerics of the weight.
-        variant: the dialect's own layout version, such as AWQ's `gemm` or GPTQ's `gptq_v2`.
+        variant: the dialect's own layout version, such as AWQ's `gemm` or GPTQ's `gptq_v2`; for
+            `16-bit`, how grids are refined (`quantize.data_free.Refinement`).
         activation: the numerics of the activations; None leaves them in 16 bits.
     """
 
@@ -102,6 +121,16 @@ class SchemeSpec(Frozen):
     weight: WeightSpec
     variant: str = ""
     activation: ActivationSpec | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """True where integer codes are packed into 32-bit words, as in AWQ and GPTQ."""
+        return self.dialect in ("awq", "gptq") or self.variant == "pack-quantized"
+
+    def describe(self) -> str:
+        """The numerics in a few words."""
+        weight = self.weight.describe()
+        return weight if self.activation is None else f"{weight}, {self.activation.describe()}"
 
 
 class LayerShape(Frozen):

@@ -93,6 +93,22 @@ class Emitter:
         kind = ir.FunctionType(result, [argument.type for argument in args])
         return self.b.call(known or ir.Function(module, kind, name), args)
 
+    def gather_constants(self, name: str, values: Sequence[float], index: ir.Value) -> ir.Value:
+        """values[index] as float32, from a constant of the module called `name`."""
+        module = self.function.module
+        table = module.globals.get(name)
+        if table is None:
+            kind = ir.ArrayType(F32, len(values))
+            table = ir.GlobalVariable(module, kind, name)
+            table.global_constant = True
+            table.initializer = ir.Constant(kind, list(values))
+        start, found = self.b.ptrtoint(table, I64), ir.Constant(VECTOR_F32, ir.Undefined)
+        for lane in (ir.Constant(I32, i) for i in range(LANES)):
+            position = self.b.zext(self.b.extract_element(index, lane), I64)
+            value = self.load(F32, self.at(start, (position, 4)))
+            found = self.b.insert_element(found, value, lane)
+        return found
+
     def less(self, left: ir.Value, right: ir.Value) -> ir.Value:
         """left < right."""
         return self.b.icmp_signed("<", left, right)
@@ -104,6 +120,10 @@ class Emitter:
     def minimum(self, left: ir.Value, right: ir.Value) -> ir.Value:
         """The smaller of two int64."""
         return self.b.select(self.less(left, right), left, right)
+
+    def maximum(self, left: ir.Value, right: ir.Value) -> ir.Value:
+        """The larger of two int64."""
+        return self.b.select(self.less(left, right), right, left)
 
     @contextmanager
     def loop(self, stop: ir.Value, values: Sequence[ir.Value] = ()) -> Iterator[Loop]:

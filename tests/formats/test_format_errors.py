@@ -59,6 +59,8 @@ WEIGHTS_MALFORMED = [
     ("num_bits", "4", "'4'", "2 to 8"),
     ("num_bits", 0, "0", "2 to 8"),
     ("type", 4, "4", "'int'"),
+    ("type", "fixed", "'fixed'", "'int' or 'float'"),
+    ("block_structure", [128, 128], "[128, 128]", "strategy 'block'"),
     ("symmetric", "no", "'no'", "true or false"),
     ("strategy", "rows", "'rows'", "'group' or 'channel'"),
     ("group_size", 0, "is 0", "positive integer"),
@@ -110,19 +112,20 @@ WEIGHTS_UNSERVED = [
     ("num_bits", 1, "1", "4 or 8 bits"),
     ("num_bits", 16, "16", "4 or 8 bits"),
     ("type", "float", "'float'", "without --quantization"),
+    ("strategy", "attn_head", "'attn_head'", "'channel'"),
     ("strategy", "tensor", "'tensor'", "'channel'"),
     ("strategy", "block", "'block'", "'channel'"),
 ]
 
 GROUP_UNSERVED = [
-    ("input_activations", {"num_bits": 8, "dynamic": True}, "'num_bits': 8", "W8A8"),
-    ("output_activations", {"num_bits": 8}, "'num_bits': 8", "W8A8"),
-    ("format", "int-quantized", "'int-quantized'", "'pack-quantized'"),
+    ("input_activations", {"num_bits": 8, "dynamic": True}, "'num_bits': 8", "in format 'pack-"),
+    ("output_activations", {"num_bits": 8}, "'num_bits': 8", "without --quantization"),
+    ("format", "marlin-24", "'marlin-24'", "'pack-quantized'"),
     ("targets", ["LlamaMLP"], "'LlamaMLP'", "Name the layers"),
 ]
 
 CONFIG_UNSERVED = [
-    ("format", "float-quantized", "'float-quantized'", "'pack-quantized'"),
+    ("format", "nvfp4-pack-quantized", "'nvfp4-pack-quantized'", "'pack-quantized'"),
     ("ignore", ["Embedding"], "'Embedding'", "Name the layers"),
     ("kv_cache_scheme", {"num_bits": 8}, "'num_bits': 8", "--kv-cache-dtype"),
     ("transform_config", {"config_groups": {}}, "config_groups", "without --quantization"),

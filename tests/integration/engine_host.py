@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from benchmarks.engine_worker import claim_stdout, generate, score, send, start
+from tests.reference_model import layer_input
 
 SHARED = (
     "vllm.entrypoints.llm",
@@ -79,7 +80,25 @@ def reload_weights(engine: Any) -> None:
     engine.collective_rpc("reload_weights")
 
 
-OPERATIONS = {"score": score, "generate": generate, "reload": reload_weights}
+def multiply(engine: Any, layers: list[str], rows: int) -> list[list[list[float]]]:
+    """What each linear layer of the model, by its name in vLLM, makes of `layer_input`."""
+
+    def run(worker: Any) -> list[list[list[float]]]:
+        model = worker.model_runner.get_model()
+        modules = [model.get_submodule(name) for name in layers]
+        inputs = [layer_input(rows, module.input_size) for module in modules]
+        return [module(x)[0].tolist() for module, x in zip(modules, inputs, strict=True)]
+
+    (outputs,) = engine.collective_rpc(run)
+    return outputs
+
+
+OPERATIONS = {
+    "score": score,
+    "generate": generate,
+    "reload": reload_weights,
+    "multiply": multiply,
+}
 
 if __name__ == "__main__":
     main()

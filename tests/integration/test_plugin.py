@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.helpers import quantized_checkpoint
 from tests.integration.engines import ENVIRONMENT, ROOT, EngineFailed, EngineHost
@@ -83,18 +84,51 @@ def compressed(**weights: object) -> dict[str, object]:
     }
 
 
+def eight_bit(*, activations: bool = True, **weights: object) -> dict[str, object]:
+    common = {"num_bits": 8, "type": "int", "symmetric": True, **weights}
+    group = {"targets": ["Linear"], "weights": {**common, "strategy": "channel"}}
+    if activations:
+        group["input_activations"] = {**common, "strategy": "token", "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized" if common["type"] == "float" else "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+FP8_BLOCKS = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+CHECKPOINTS = {
+    "quantkit": GPTQ,
+    "quantkit-awq": AWQ,
+    "quantkit-gptq": GPTQ,
+    "quantkit-fp8": eight_bit(type="float"),
+    "quantkit-fp8-block": FP8_BLOCKS,
+    "quantkit-smoothquant": eight_bit(),
+    "quantkit-int8": eight_bit(activations=False),
+    "quantkit-int4": GPTQ,
+    "quantkit-llm-int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
+"""A checkpoint for each method; a new method is one line."""
+
+
 def test_configs_survive_the_way_to_a_worker(configs):
     for name, cls in configs.items():
-        config = cls.from_config(AWQ if "awq" in name else GPTQ)
+        config = cls.from_config(CHECKPOINTS[name])
         copy = pickle.loads(pickle.dumps(config))
         assert type(copy) is cls
-        assert copy.rules == config.rules
+        assert copy.rules == config.rules is not None
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_users_word_claims_a_checkpoint(name, configs):
     claim = configs[name].override_quantization_method
-    assert claim(GPTQ, name) == name
+    assert claim(CHECKPOINTS[name], name) == name
     assert claim(GPTQ, "awq") is None
 
 
@@ -105,7 +139,15 @@ ONLY_OURS = {
     "gptq_v2 by name": {**GPTQ, "quant_method": "gptq_v2"},
     "compressed-tensors, 3 bits": compressed(num_bits=3),
     "compressed-tensors, 5 bits": compressed(num_bits=5),
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True},
 }
+if not torch.cuda.is_available():
+    ONLY_OURS |= {
+        "fp8, dynamic": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+        "fp8, static": {"quant_method": "fp8", "activation_scheme": "static"},
+        "fp8, blocks": FP8_BLOCKS,
+        "compressed-tensors W8A16": eight_bit(activations=False),
+    }
 
 
 @pytest.mark.parametrize("case", ONLY_OURS)
@@ -122,7 +164,8 @@ VLLMS_OWN = {
     "gptq, symmetric 4 bits": GPTQ,
     "compressed-tensors W4A16": compressed(),
     "compressed-tensors W4A16, asymmetric": compressed(symmetric=False),
-    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    "compressed-tensors W8A8": eight_bit(),
+    "compressed-tensors FP8 per channel and token": eight_bit(type="float"),
     "unknown": {"quant_method": "other"},
     "malformed": {**GPTQ, "bits": None},
 }
@@ -155,17 +198,14 @@ def test_act_order_asymmetric_gptq_needs_no_flag(tmp_path, engines: EngineHost):
     assert_same_scores(result.answers[0], twin_scores(pair.twin, asked))
 
 
-@pytest.mark.parametrize("quant_method", ["fp8", "nonesuch"])
-def test_a_method_that_is_not_served_is_refused_in_a_sentence(
-    quant_method, tmp_path, engines: EngineHost
-):
+def test_a_method_that_is_not_served_is_refused_in_a_sentence(tmp_path, engines: EngineHost):
     model = create_tiny_model("llama", tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": quant_method}
+    config["quantization_config"] = {"quant_method": "nonesuch"}
     (model / "config.json").write_text(json.dumps(config))
 
     with pytest.raises(EngineFailed) as refusal:
         engines.run(model, "quantkit", [])
 
-    assert f"quant_method '{quant_method}' is not served by quantkit" in str(refusal.value)
+    assert "quant_method 'nonesuch' is not served by quantkit" in str(refusal.value)
     assert "Drop --quantization" in str(refusal.value)

@@ -13,6 +13,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from quantkit_kernels.tuning import Device
+
+DEVICES = (
+    Device(capability=80, multiprocessors=108, shared_bytes=163 * 1024),
+    Device(capability=89, multiprocessors=142, shared_bytes=99 * 1024),
+    Device(capability=90, multiprocessors=132, shared_bytes=227 * 1024),
+    Device(capability=100, multiprocessors=148, shared_bytes=227 * 1024),
+)
+"""An A100, an L40S, an H200 and a B200."""
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]+);")

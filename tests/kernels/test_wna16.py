@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantkit_kernels.code_types import CodeType, code_values
 from quantkit_kernels.wna16 import (
     QuantizedWeight,
     generic,
@@ -22,7 +25,7 @@ from quantkit_kernels.wna16.weights import (
     PackedWeight,
     gather_inputs,
 )
-from tests.kernels.wna16_cases import MAX_ERROR, random_inputs, random_weight, relative_error
+from tests.kernels.wna16_cases import BITS, MAX_ERROR, random_inputs, random_weight, relative_error
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -36,7 +39,7 @@ def _only_devices_present(request: pytest.FixtureRequest) -> None:
 
 def to_device(weight: QuantizedWeight, device: str) -> QuantizedWeight:
     tensors = (weight.codes, weight.scales, weight.zeros, weight.group_index)
-    return QuantizedWeight(*(t.to(device) for t in tensors), weight.bits)
+    return QuantizedWeight(*(t.to(device) for t in tensors), weight.bits, weight.code_type)
 
 
 def arguments(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[object, ...]:
@@ -51,6 +54,7 @@ def arguments(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[obj
         weight.group_size,
         weight.in_features,
         weight.out_features,
+        weight.code_type,
     )
 
 
@@ -91,6 +95,57 @@ def test_generic_backend_matches_reference(dtype: torch.dtype, bits: int) -> Non
     y = generic.linear(*arguments(x, packed, bias))
     assert y.dtype == dtype
     assert relative_error(y, x, weight, bias) <= MAX_ERROR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code_type", BITS)
+def test_generic_backend_serves_every_code_type(dtype: torch.dtype, code_type: CodeType) -> None:
+    weight = scaled_down(random_weight(33, 200, bits=BITS[code_type], code_type=code_type))
+    x, bias = random_inputs(5, 200, dtype=dtype), torch.randn(33)
+    packed = generic.pack(make_uniform(weight), dtype)
+    y = generic.linear(*arguments(x, packed, bias))
+    assert relative_error(y, x, weight, bias) <= MAX_ERROR[dtype]
+
+
+def scaled_down(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same with results within float16."""
+    largest = weight.dequantize().abs().max()
+    return replace(weight, scales=weight.scales / largest)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("code_type", BITS)
+def test_op_serves_every_code_type(device: str, code_type: CodeType) -> None:
+    weight = random_weight(96, 320, bits=BITS[code_type], code_type=code_type, act_order=True)
+    packed = pack_weight(to_device(weight, device), torch.bfloat16)
+    x = random_inputs(7, 320, dtype=torch.bfloat16).to(device)
+    torch.library.opcheck(
+        torch.ops.quantkit.wna16_linear.default,
+        arguments(x, packed, None),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+    y = wna16_linear(x, packed)
+    # A weight's number may be rounded to bfloat16, as y is.
+    assert relative_error(y.cpu(), x.cpu(), weight) <= 2 * MAX_ERROR[torch.bfloat16]
+
+
+def test_refuses_code_types_in_other_containers() -> None:
+    weight = random_weight(32, 64, bits=4, code_type="nf4")
+    packed = replace(pack_weight(weight, torch.float32), code_type="e4m3")
+    message = (
+        "codes of type e4m3 in 4 bits are not served; use int, or one of e4m3 in 8, .*fp4 in 4"
+    )
+    with pytest.raises(ValueError, match=message):
+        wna16_linear(torch.randn(1, 64), packed)
+
+
+@pytest.mark.parametrize("code_type", BITS)
+def test_padding_is_zero(code_type: CodeType) -> None:
+    uniform = make_uniform(random_weight(3, 100, bits=BITS[code_type], code_type=code_type))
+    assert uniform.code_type == code_type
+    padding = uniform.codes[:, 100:].long()
+    assert padding.numel()
+    assert not code_values(code_type)[padding].any()
 
 
 def test_op_compiles_without_graph_breaks() -> None:

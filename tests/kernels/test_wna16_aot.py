@@ -8,17 +8,13 @@ from itertools import product
 
 import pytest
 
+from quantkit_kernels.triton_common import SUM_BLOCK, sum_splits
 from quantkit_kernels.tuning import Device, TileConfig, select_tile
 from quantkit_kernels.wna16 import triton_kernels
-from quantkit_kernels.wna16.triton import DENSE_WARPS, SUM_BLOCK
-from tests.kernels.aot import Compiled, compile_kernel, instructions, longest_loop, opcode
+from quantkit_kernels.wna16.triton import DENSE_WARPS
+from quantkit_kernels.wna16.weights import CONTAINER_OF
+from tests.kernels.aot import DEVICES, Compiled, compile_kernel, instructions, longest_loop, opcode
 
-DEVICES = (
-    Device(capability=80, multiprocessors=108, shared_bytes=163 * 1024),
-    Device(capability=89, multiprocessors=142, shared_bytes=99 * 1024),
-    Device(capability=90, multiprocessors=132, shared_bytes=227 * 1024),
-    Device(capability=100, multiprocessors=148, shared_bytes=227 * 1024),
-)
 HOPPER = DEVICES[2]
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 WEIGHTS_PER_HGMMA = 64 * 16 // 128
@@ -42,6 +38,17 @@ INSTRUCTIONS = {
 }
 """(bits, block_m, block_n) to instructions per weight on sm_90, for each of `GROUPS` in turn."""
 
+CODES = {"e4m3": "bf16", "nf4": "fp16"}
+"""Each with one dtype: E4M3 in bfloat16 takes the most instructions."""
+
+CODE_INSTRUCTIONS = {
+    ("e4m3", 16): 3.68,
+    ("e4m3", 128): 5.62,
+    ("nf4", 16): 5.10,
+    ("nf4", 128): 7.12,
+}
+"""(code, block_m) to instructions per weight on sm_90: groups of 128 at 16 tokens, else of 64."""
+
 pytestmark = [
     pytest.mark.aot,
     pytest.mark.skipif(
@@ -60,17 +67,19 @@ class Variant:
     bits: int
     group: int
     dtype: str
+    code: str = "int"
 
     def __str__(self) -> str:
         tile = f"{self.tile.block_m}x{self.tile.block_n}{'-split' * (self.tile.splits > 1)}"
-        return f"sm{self.device.capability}-{self.dtype}-w{self.bits}-g{self.group}-{tile}"
+        name = f"w{self.bits}" if self.code == "int" else self.code
+        return f"sm{self.device.capability}-{self.dtype}-{name}-g{self.group}-{tile}"
 
 
-def tiles(device: Device, bits: int, group: int) -> list[TileConfig]:
+def tiles(device: Device, bits: int, group: int, *, code_book: bool = False) -> list[TileConfig]:
     """Tiles that `select_tile` picks, one for each size of block."""
     chosen = {}
     for m, (n, columns) in product(TOKENS, SHAPES):
-        tile = select_tile(m, n, columns, bits, group, device)
+        tile = select_tile(m, n, columns, bits, group, device, code_book=code_book)
         chosen[tile.block_m, tile.block_n] = tile
     return [chosen[block] for block in sorted(chosen)]
 
@@ -90,6 +99,7 @@ def build(variant: Variant) -> Compiled:
     split = variant.tile.splits > 1
     constants = {
         "BITS": variant.bits,
+        "CODE": variant.code,
         "G": variant.group,
         "BM": variant.tile.block_m,
         "BN": variant.tile.block_n,
@@ -132,6 +142,32 @@ def test_compiles_without_spills(variant: Variant) -> None:
         assert instructions_per_weight(compiled) <= limit(variant)
 
 
+def code_variants() -> list[Variant]:
+    """Floats and code books with the fewest and the most tokens, where they compile anew."""
+    found = []
+    for device, (code, dtype), index in product(DEVICES, CODES.items(), (1, -1)):
+        bits, group = CONTAINER_OF[code], 128 if index == 1 else 64
+        tile = tiles(device, bits, group, code_book=bits == 4)[index]
+        found.append(Variant(device, tile, bits, group, dtype, code))
+    return found
+
+
+@pytest.mark.parametrize("variant", code_variants(), ids=str)
+def test_other_codes_compile_without_spills(variant: Variant) -> None:
+    compiled = build(variant)
+    assert compiled.stack == 0
+    assert compiled.local == 0
+    assert compiled.shared <= variant.device.shared_bytes
+    loop = compiled.main_loop
+    assert loop[TENSOR_CORES[variant.device.capability]] > 0
+    assert loop["LDGSTS"] > 0
+    if variant.device is HOPPER:
+        assert loop["STS"] == 0, "weights go through shared memory"
+        assert loop["WARPGROUP"] <= 4, "ptxas serialises wgmma (C7515)"
+        limit = CODE_INSTRUCTIONS[variant.code, variant.tile.block_m]
+        assert instructions_per_weight(compiled) <= limit * 1.05
+
+
 def instructions_per_weight(compiled: Compiled) -> float:
     """Of the main loop, per thread."""
     loop = compiled.main_loop
@@ -158,13 +194,13 @@ def test_dequantisation_and_sums_compile(dtype: str, arch: int) -> None:
         triton_kernels.dequantise_rows,
         types=dict.fromkeys(("N", "first_tile", "k_tiles"), "i32")
         | {"codes_ptr": "*i32", "scales_ptr": "*i32", "out_ptr": f"*{dtype}"},
-        constants={"BITS": 4, "G": 32, "ASM": True},
+        constants={"BITS": 4, "CODE": "nf4", "G": 32, "ASM": True},
         aligned=("codes_ptr", "scales_ptr", "out_ptr", "N"),
         arch=arch,
         warps=DENSE_WARPS,
     )
     sums = compile_kernel(
-        triton_kernels.sum_splits,
+        sum_splits,
         types=dict.fromkeys(("M", "N", "splits"), "i32")
         | {"partial_ptr": "*fp32", "bias_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"},
         constants={"BLOCK": SUM_BLOCK},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,34 +13,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantkit_kernels.code_types import CodeType, code_values
+from quantkit_kernels.cpu_host import Product
 from quantkit_kernels.wna16 import QuantizedWeight, cpu, pack_weight, reference_linear, wna16_linear
-from quantkit_kernels.wna16.cpu_inner import Arithmetic
-from quantkit_kernels.wna16.cpu_jit import Kernel, Target, assembly, host_target
-from tests.kernels.wna16_cases import MAX_ERROR, random_inputs, random_weight, relative_error
+from tests.kernels.cpu_targets import (
+    ARM,
+    COOPERLAKE,
+    HASWELL,
+    NEOVERSE,
+    assembly_for,
+    kernel,
+    loop_of,
+)
+from tests.kernels.wna16_cases import BITS, MAX_ERROR, random_inputs, random_weight, relative_error
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = [1, 2, 3, 5, 12, 13, 24, 25, 70, 300]
 """On both sides of every switch: registers or tile, input regrouped or not, one chunk or two."""
 
-COOPERLAKE = Target(Arithmetic(4, "bf16", 12), "cooperlake", "")
-HASWELL = Target(Arithmetic(4, "fma", 2), "haswell", "")
-NEOVERSE = Target(Arithmetic(4, "fma", 2), "neoverse-n1", "")
 
-
-@functools.cache
-def kernel(bits: int, unit: str) -> Kernel:
-    """A kernel of the given unit and row count, for the CPU the tests run on."""
-    target = host_target(bits)
-    if unit == "host":
-        return Kernel(target)
-    max_rows = int(unit.removeprefix("fma"))
-    return Kernel(replace(target, arithmetic=Arithmetic(bits, "fma", max_rows)))
-
-
-@pytest.fixture(params=["host", "fma12", "fma2"])
+@pytest.fixture(params=["host", "bf16", "fma12", "fma2"])
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test with each kind of kernel."""
-    monkeypatch.setattr(cpu, "host_kernel", lambda bits: kernel(bits, request.param))
+    monkeypatch.setattr(cpu, "host_kernel", lambda product: kernel(product, request.param))
     return request.param
 
 
@@ -75,6 +69,52 @@ def test_every_bit_width_and_row_count(dtype: torch.dtype, bits: int, symmetric:
         assert y.dtype == dtype
         assert y.is_contiguous()
         assert relative_error(y, x, weight) <= MAX_ERROR[dtype], rows
+
+
+CODE_TYPE_ERROR = {torch.bfloat16: 2.5e-3, torch.float16: 3e-4, torch.float32: 8e-6}
+"""NF4's numbers are rounded to one bfloat16 where activations are, 7.1e-4, else to two, 2**-17.
+E5M2's few large numbers make few large elements, whose rounding to bfloat16 counts for more.
+"""
+
+
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code_type", BITS)
+@pytest.mark.parametrize("group_size", [64, 520])
+def test_every_code_type(dtype: torch.dtype, code_type: CodeType, group_size: int) -> None:
+    bits = BITS[code_type]
+    weight = random_weight(100, 520, bits=bits, code_type=code_type, group_size=group_size)
+    weight = replace(weight, scales=weight.scales / code_values(code_type).nan_to_num(0, 1).max())
+    packed = pack_weight(weight, dtype)
+    assert packed.zeros is None
+    limit = CODE_TYPE_ERROR[dtype]
+    if dtype == torch.float32 and code_type != "nf4":
+        limit = MAX_ERROR[dtype]
+    for rows in (1, 2, 7, 12, 13, 40):
+        x = random_inputs(rows, 520, dtype=dtype)
+        assert relative_error(wna16_linear(x, packed), x, weight) <= limit, rows
+
+
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code_type", BITS)
+@pytest.mark.parametrize("rows", [1, 20])
+def test_every_code_has_its_value(dtype: torch.dtype, code_type: CodeType, rows: int) -> None:
+    bits, values = BITS[code_type], code_values(code_type)
+    weight = random_weight(2**bits, 16, bits=bits, code_type=code_type)
+    weight.codes.zero_()
+    weight.codes[:, 3] = torch.arange(2**bits)
+    weight = replace(weight, scales=torch.ones_like(weight.scales))
+    x = torch.zeros(rows, 16).to(dtype)
+    x[:, 3] = 1
+    # NF4 is rounded to one or two bfloat16; division by 12 may round the scale of FP4.
+    rounding = {"nf4": 2**-8 if dtype == torch.bfloat16 else 2**-16, "fp4": 2**-23}
+    y, expected = run(x, weight), values.to(dtype).expand(rows, -1)
+    # The smaller pieces of an activation are 0 here, and 0 times infinity is no number.
+    finite = expected.isfinite()
+    assert not y[~finite].isfinite().any()
+    rtol = rounding.get(code_type, 0.0) + (torch.finfo(dtype).eps if bits == 4 else 0)
+    torch.testing.assert_close(y[finite], expected[finite], rtol=rtol, atol=0)
 
 
 @pytest.mark.usefixtures("unit")
@@ -112,7 +152,7 @@ def test_ragged_shapes(
     x = random_inputs(rows, in_features, dtype=dtype, seed=seed)
     bias = torch.randn(out_features)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "host_kernel", lambda bits: kernel(bits, unit))
+        patch.setattr(cpu, "host_kernel", lambda product: kernel(product, unit))
         y = run(x, weight, bias)
     # Every element: one rounding of y, and float32 sums of terms as large as x times all steps.
     expected = reference_linear(x, weight, bias)
@@ -228,15 +268,8 @@ def test_a_row_alone_is_a_row_among_others() -> None:
     )
 
 
-def loop_of(function: str, text: str) -> str:
-    """The longest loop of a function in assembly: from a label to the jump back to it."""
-    body = text.split(f"\n{function}:", 1)[1].split(".Lfunc_end", 1)[0]
-    loops = re.findall(r"(?s)\n(\.LBB\w+):(.*?)\bj\w+\s+\1\b", body)
-    return max((inner for _, inner in loops), key=len)
-
-
 def test_the_inner_loop_of_avx512_stays_in_registers() -> None:
-    text = assembly(COOPERLAKE, "x86_64-unknown-linux-gnu")
+    text = assembly_for(Product(4), COOPERLAKE)
     for rows in (6, 12):
         loop = loop_of(f"multiply_tile_{rows}", text)
         assert loop.count("vdpbf16ps") == 4 * 2 * rows
@@ -247,14 +280,14 @@ def test_the_inner_loop_of_avx512_stays_in_registers() -> None:
 
 
 def test_the_inner_loop_of_avx2_stays_in_registers() -> None:
-    loop = loop_of("multiply_tile_2", assembly(HASWELL, "x86_64-unknown-linux-gnu"))
+    loop = loop_of("multiply_tile_2", assembly_for(Product(4), HASWELL))
     assert len(re.findall(r"vfmadd\w+ps.*ymm", loop)) == 4 * 4 * 2
     assert "(%rsp" not in loop
 
 
 def test_arm_has_vector_code() -> None:
     try:
-        text = assembly(NEOVERSE, "aarch64-unknown-linux-gnu")
+        text = assembly_for(Product(4), NEOVERSE, ARM)
     except RuntimeError as error:
         pytest.skip(f"this LLVM does not know ARM: {error}")
     assert "fmla\tv" in text

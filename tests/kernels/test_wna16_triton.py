@@ -1,14 +1,7 @@
-"""The CUDA backend without a GPU: its layout, its tile choice, and its kernels in the interpreter.
-
-The interpreter is chosen when a kernel is defined, so kernels run in a process of their own:
-`test_in_the_interpreter` starts it, and TRITON_INTERPRET=1 runs those tests directly.
-"""
+"""The CUDA backend without a GPU: its layout, its tile choice, its kernels in the interpreter."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -33,12 +26,12 @@ from quantkit_kernels.wna16.triton_unpack import (
     unpack8,
 )
 from quantkit_kernels.wna16.weights import PackedWeight
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.interpreter
-in_interpreter = pytest.mark.skipif(
-    not INTERPRETED,
-    reason="needs TRITON_INTERPRET=1; test_in_the_interpreter runs it in a process of its own",
+from tests.kernels.interpreted import (
+    error,
+    in_interpreter,
+    interpreter,
+    run_in_interpreter,
+    starts_the_interpreter,
 )
 
 FP16_ERROR = 2e-3
@@ -60,17 +53,9 @@ def _poison() -> Iterator[None]:
 
 
 @interpreter
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")
+@starts_the_interpreter
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreter", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [*command, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_in_interpreter(__file__)
 
 
 def int_weight(
@@ -103,6 +88,7 @@ def run(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
         packed.group_size,
         packed.in_features,
         packed.out_features,
+        packed.code_type,
     )
 
 
@@ -110,16 +96,11 @@ def run_tile(x: Tensor, packed: PackedWeight, tile: TileConfig, dtype: torch.dty
     """Like `run`, on one tile, with y in any dtype and memory around it that must stay NaN."""
     room = torch.empty(x.shape[0] + 2, packed.out_features, dtype=dtype)
     y = room[1:-1]
-    bits, group = packed.bits, packed.group_size
-    backend.run_tiled(x, packed.codes, packed.scales, None, bits, group, y, tile)
+    kind = (packed.bits, packed.code_type, packed.group_size)
+    backend.run_tiled(x, packed.codes, packed.scales, None, *kind, y, tile)
     assert room[0].isnan().all()
     assert room[-1].isnan().all()
     return y
-
-
-def error(y: Tensor, expected: Tensor) -> float:
-    """|y - expected| / |expected|; NaN if anything is."""
-    return float((y.float() - expected).norm() / expected.norm())
 
 
 def check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, limit: float) -> None:
@@ -350,17 +331,23 @@ def test_words_hold_what_a_thread_multiplies(bits: int) -> None:
     st.sampled_from([4, 8]),
     st.sampled_from(GROUPS),
     st.sampled_from([(80, 108, 163), (89, 142, 99), (90, 132, 227), (100, 148, 227)]),
+    st.booleans(),
 )
 def test_every_tile_can_run(
-    m: int, n: int, k_tiles: int, bits: int, group: int, gpu: tuple[int, int, int]
+    m: int,
+    n: int,
+    k_tiles: int,
+    bits: int,
+    group: int,
+    gpu: tuple[int, int, int],
+    code_book: bool,
 ) -> None:
     device = Device(gpu[0], gpu[1], gpu[2] * 1024)
-    tile = select_tile(m, n, 128 * k_tiles, bits, group, device)
-    assert tile == select_tile(m, n, 128 * k_tiles, bits, group, device)
+    tile = select_tile(m, n, 128 * k_tiles, bits, group, device, code_book=code_book)
     assert 1 <= tile.splits <= k_tiles
     per_split = -(-k_tiles // tile.splits)
     assert (tile.splits - 1) * per_split < k_tiles, "a split without k tiles"
     assert tile.splits * m * n < 2**31, "offsets are 32 bits"
     assert tile.scale_weights or group == 128
     assert tile.stages >= 2
-    assert tile.block_m >= min(m, 128)
+    assert tile.block_m >= min(m, 64 if code_book and gpu[0] < 90 else 128)

@@ -11,8 +11,12 @@ FORMATS = {
     "gptq": "vllm_quantkit.formats.gptq",
     "gptq_v2": "vllm_quantkit.formats.gptq",
     "compressed-tensors": "vllm_quantkit.formats.compressed_tensors",
+    "fp8": "vllm_quantkit.formats.fp8",
+    "fbgemm_fp8": "vllm_quantkit.formats.fbgemm_fp8",
+    "bitsandbytes": "vllm_quantkit.formats.bitsandbytes",
+    "16-bit": "vllm_quantkit.formats.sixteen_bit",
 }
-"""Dialect (a checkpoint's `quant_method`) to module."""
+"""Dialect to module. All but `16-bit` are a checkpoint's `quant_method`."""
 
 
 def get_format(quant_method: str) -> Format:
@@ -22,9 +26,10 @@ def get_format(quant_method: str) -> Format:
         UnsupportedScheme: no such dialect.
     """
     if quant_method not in FORMATS:
+        served = ", ".join(sorted(name for name in FORMATS if name != "16-bit"))
         raise UnsupportedScheme(
             f"quant_method {quant_method!r} is not served by quantkit; it serves "
-            f"{', '.join(sorted(FORMATS))}. Drop --quantization to let vLLM try the checkpoint."
+            f"{served}. Drop --quantization to let vLLM try the checkpoint."
         )
     return cast(Format, import_module(FORMATS[quant_method]))
 

@@ -2,106 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
-
-from pydantic import Field
+from typing import Any
 
 from vllm_quantkit.errors import QuantkitError
-from vllm_quantkit.formats._fields import Fields, as_pattern
-from vllm_quantkit.spec import PER_CHANNEL, LayerRule, LayerRules, SchemeSpec, WeightSpec
+from vllm_quantkit.formats._compressed_tensors_activations import ActivationFields
+from vllm_quantkit.formats._compressed_tensors_weights import (
+    CODE_TYPES,
+    DIALECT,
+    FORMAT_WORDS,
+    PACKED,
+    CtFields,
+    WeightFields,
+)
+from vllm_quantkit.formats._fields import as_pattern
+from vllm_quantkit.spec import LayerRule, LayerRules, SchemeSpec
 
-DIALECT: Literal["compressed-tensors"] = "compressed-tensors"
-FORMAT = "pack-quantized"
 LINEAR = "Linear"
 """The one module class that targets may name."""
 
-ACT_ORDERS = {
-    None: False,
-    False: False,
-    "weight": False,
-    "static": False,
-    True: True,
-    "group": True,
-    "dynamic": True,
-}
-"""`actorder` to whether the order is stored: `weight` and `static` only steer calibration."""
+IN_TREE = "Serve the checkpoint without --quantization."
 
 
-class _Fields(Fields):
-    dialect: ClassVar[str] = DIALECT
-    allowed: ClassVar[Mapping[str, str]] = {
-        "num_bits": "an integer from 2 to 8",
-        "type": "'int'",
-        "symmetric": "true or false",
-        "strategy": "'group' or 'channel'",
-        "group_size": "a positive integer with strategy 'group', else null or -1",
-        "actorder": "null, 'group' or 'weight'",
-        "targets": "a list of 'Linear', layer names and 're:' regular expressions",
-        "weights": "an object with num_bits, strategy and so on",
-        "input_activations": "null or an object",
-        "output_activations": "null or an object",
-        "config_groups": "an object of groups, each with 'targets' and 'weights'",
-        "format": "'pack-quantized'",
-        "ignore": "a list of layer names and 're:' regular expressions, or null",
-        "kv_cache_scheme": "null or an object",
-    }
-
-
-class WeightFields(_Fields):
-    """How the weights of one group are quantised."""
-
-    num_bits: int = Field(ge=1)
-    type: str = "int"
-    symmetric: bool = True
-    strategy: Literal["tensor", "channel", "group", "block", "token", "tensor_group"] | None = None
-    group_size: int | None = Field(None, ge=-1)
-    actorder: Literal["group", "weight", "dynamic", "static"] | bool | None = None
-
-    def spec(self) -> SchemeSpec:
-        """These numerics.
-
-        Raises:
-            ConfigError: strategy and group size contradict each other.
-            UnsupportedScheme: not 2 to 8 bit integers in groups or channels.
-        """
-        if self.type.lower() != "int":
-            raise self.unserved(
-                "type",
-                self.type,
-                "'int'",
-                "Serve the checkpoint without --quantization: vLLM has float formats in-tree.",
-            )
-        weight = WeightSpec(
-            bits=served_bits(self.num_bits),
-            group_size=self._group_size(),
-            symmetric=self.symmetric,
-            act_order=ACT_ORDERS[self.actorder] and self._group_size() != PER_CHANNEL,
-        )
-        return SchemeSpec(dialect=DIALECT, weight=weight, variant=FORMAT)
-
-    def _group_size(self) -> int:
-        grouped = self.group_size is not None and self.group_size > 0
-        inferred = "group" if grouped else "channel" if self.group_size == -1 else "tensor"
-        strategy = self.strategy or inferred
-        if strategy not in ("group", "channel"):
-            raise self.unserved(
-                "strategy",
-                strategy,
-                "'group' and 'channel'",
-                "Quantise again with strategy 'channel'.",
-            )
-        if self.group_size == 0 or grouped != (strategy == "group"):
-            raise self.malformed("group_size", self.group_size, self.allowed["group_size"])
-        return self.group_size if grouped and self.group_size else PER_CHANNEL
-
-
-class GroupFields(_Fields):
+class GroupFields(CtFields):
     """A scheme and the layers that have it."""
 
     targets: list[str]
     weights: WeightFields
-    input_activations: dict[str, Any] | None = None
+    input_activations: ActivationFields | None = None
     output_activations: dict[str, Any] | None = None
     format: str | None = None
 
@@ -109,33 +36,34 @@ class GroupFields(_Fields):
         """The group's scheme.
 
         Raises:
-            ConfigError: see `WeightFields.spec`.
-            UnsupportedScheme: another format, or quantised activations.
+            ConfigError: see `WeightFields.spec` and `ActivationFields.spec`.
+            UnsupportedScheme: another format, or numerics that are not served in this one.
         """
         stored = self.format or default_format
-        for key in ("input_activations", "output_activations"):
-            if getattr(self, key) is not None:
-                raise self.unserved(
-                    key,
-                    getattr(self, key),
-                    "16-bit activations (null) in this format",
-                    "Serve the checkpoint without --quantization: vLLM has W8A8 in-tree.",
-                )
-        if stored != FORMAT:
+        if self.output_activations is not None:
             raise self.unserved(
-                "format",
-                stored,
-                f"{FORMAT!r}",
-                f"Save the model again with format {FORMAT!r}, or serve it without --quantization.",
+                "output_activations", self.output_activations, "null for it", IN_TREE
             )
-        return self.weights.spec()
+        if stored not in CODE_TYPES:
+            fix = (
+                f"Save the model again with format {PACKED!r}, or serve it without --quantization."
+            )
+            raise self.unserved("format", stored, FORMAT_WORDS, fix)
+        weight, activation = self.weights.spec(stored), None
+        if self.input_activations is not None:
+            if stored == PACKED:
+                seen = self.input_activations.model_dump(exclude_unset=True)
+                served = f"16-bit activations (null) in format {PACKED!r}"
+                raise self.unserved("input_activations", seen, served, IN_TREE)
+            activation = self.input_activations.spec(weight)
+        return SchemeSpec(dialect=DIALECT, weight=weight, variant=stored, activation=activation)
 
 
-class ConfigFields(_Fields):
+class ConfigFields(CtFields):
     """The keys of a config that decide what is stored how."""
 
     config_groups: dict[str, GroupFields]
-    format: str = FORMAT
+    format: str = PACKED
     ignore: list[str] | None = None
     kv_cache_scheme: dict[str, Any] | None = None
     transform_config: dict[str, Any] | None = None
@@ -145,16 +73,17 @@ class ConfigFields(_Fields):
         """Refuse what changes the meaning of the weights and is not served.
 
         Raises:
-            UnsupportedScheme: a KV cache scheme, transforms or sparsity.
+            UnsupportedScheme: a KV cache scheme, transforms, or weights stored sparsely.
         """
         advice = {
             "kv_cache_scheme": "Remove the key and choose the KV cache with --kv-cache-dtype.",
-            "transform_config": "Serve the checkpoint without --quantization.",
+            "transform_config": IN_TREE,
             "sparsity_config": "Save the model again without sparse compression.",
         }
         for key, fix in advice.items():
-            if getattr(self, key):
-                raise self.unserved(key, getattr(self, key), "null for it", fix)
+            value = getattr(self, key)
+            if value and not (key == "sparsity_config" and value.get("format") == "dense"):
+                raise self.unserved(key, value, "null for it", fix)
 
     def rules(self) -> LayerRules:
         """Each group's scheme for its targets, but 16 bits for what `ignore` names.
@@ -192,21 +121,10 @@ def _targets(fields: ConfigFields) -> dict[str, SchemeSpec]:
 
 def _pattern(key: str, name: str) -> str:
     if name[:1].isupper() and "." not in name and name != LINEAR:
-        raise _Fields.unserved(
+        raise CtFields.unserved(
             key,
             name,
             "layer names, 're:' regular expressions and the class 'Linear'",
             "Name the layers instead of their class.",
         )
-    return _Fields.regex(key, name, as_pattern(name))
-
-
-def served_bits(bits: int) -> int:
-    """`bits` if the dialect stores it.
-
-    Raises:
-        UnsupportedScheme: it does not.
-    """
-    if not 2 <= bits <= 8:
-        raise _Fields.unserved("num_bits", bits, "2 to 8 bits", "Quantise again with 4 or 8 bits.")
-    return bits
+    return CtFields.regex(key, name, as_pattern(name))

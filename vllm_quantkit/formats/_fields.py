@@ -7,7 +7,7 @@ have the right type, and whatever is wrong is said in one sentence that names ke
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -100,6 +100,11 @@ def exactly(name: str) -> str:
 def containing(fragment: str) -> str:
     """The regular expression that matches every name with `fragment` in it."""
     return ".*" + re.escape(fragment)
+
+
+def within(names: Iterable[str]) -> str:
+    """The regular expression of the modules `names`, wherever in the tree, and all inside them."""
+    return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})(?:\..*)?\Z"
 
 
 def as_pattern(name: str) -> str:

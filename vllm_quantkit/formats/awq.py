@@ -51,6 +51,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """GEMM: nibble j of a word holds output ORDER[j] of its eight."""
 
 TENSORS = ("qweight", "scales", "qzeros")
+COMPANIONS = ()
 
 GEMV_GROUP_MULTIPLE = {64: 2, 32: 4}
 """GEMV pads the words of a row of zero-points to a multiple of this; 1 for 128 and more."""
@@ -64,6 +65,11 @@ def parse(config: Mapping[str, Any]) -> LayerRules:
         UnsupportedScheme: the config is well formed but not served; says what to do.
     """
     return AwqFields.read(config).rules()
+
+
+def codes_name(spec: SchemeSpec) -> str:
+    """`qweight`."""
+    return "qweight"
 
 
 def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:

@@ -1,14 +1,25 @@
-"""compressed-tensors checkpoints, format `pack-quantized`: W = scale * (code - zero).
+"""compressed-tensors checkpoints: W = scale * (code - zero), or W = scale * E4M3.
 
-Words of 32 bits hold p = floor(32 / bits) whole codes, the last word of a row padded with zeros.
-The library's signed integers are stored with 2**(bits - 1) added, which makes them our codes and
-zero-points:
+`pack-quantized`: words of 32 bits hold p = floor(32 / bits) whole codes, the last word of a row
+padded with zeros. The library's signed integers are stored with 2**(bits - 1) added, which makes
+them our codes and zero-points:
 
     weight_packed[n, w]     = sum_i codes[n, p w + i] << (i bits)    int32 [N, ceil(K/p)]
     weight_scale[n, g]                                               float [N, G]
     weight_zero_point[w, g] = sum_i zeros[p w + i, g] << (i bits)    int32 [ceil(N/p), G]
     weight_shape            = (N, K)                                 int64 [2]
     weight_g_idx[k]         = the group of input k                   int32 [K]
+
+`int-quantized`, `float-quantized` and `naive-quantized`: an element for each weight; half stands
+for 2**(bits - 1), h for the height of a block of rows:
+
+    weight[n, k]            = codes[n, k] - half, or the float8      int8 or float8_e4m3fn [N, K]
+    weight_scale            strategy tensor, channel, group, block   float [1], [N, 1], [N, G],
+                                                                           [ceil(N/h), G]
+    weight_zero_point       = zeros - half, laid out as the scales   int8
+    weight_g_idx[k]         as above                                 int32 [K]
+    input_scale             static activations                       float [1]
+    input_zero_point        static activations, asymmetric           int8  [1]
 
 Zero-points exist where `symmetric` is false, `weight_g_idx` where `actorder` is `group`.
 
@@ -17,42 +28,41 @@ from the name's start, or the class `Linear`. `ignore` wins, then whole names, t
 expressions in the order of the config, then `Linear`, which takes in the head.
 
 Source: https://github.com/vllm-project/compressed-tensors (`compressors/pack_quantized`,
-`quantization/quant_args.py`, `utils/match.py`).
+`compressors/naive_quantized`, `quantization/quant_args.py`, `utils/match.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from quantkit_kernels.packing import WORD_BITS, aligned_words, pack_aligned, unpack_aligned
-from vllm_quantkit.formats._compressed_tensors_config import (
-    DIALECT,
-    FORMAT,
-    LINEAR,
-    ConfigFields,
-    served_bits,
-)
-from vllm_quantkit.formats._layout import SCALE_DTYPES, check_below, decode_index, unpack_rows
-from vllm_quantkit.formats.base import CheckpointTensor, Role
+from quantkit_kernels.act_quant.rows import PER_TENSOR, PER_TOKEN
+from vllm_quantkit.formats import _compressed_tensors_packed as packed
+from vllm_quantkit.formats import _compressed_tensors_plain as plain
+from vllm_quantkit.formats._compressed_tensors_config import LINEAR, ConfigFields
+from vllm_quantkit.formats._compressed_tensors_weights import DIALECT, PACKED
+from vllm_quantkit.formats.base import CheckpointTensor
 from vllm_quantkit.spec import (
+    ALL_ROWS,
     PER_CHANNEL,
+    ActivationSpec,
     LayerRules,
     LayerShape,
     SchemeSpec,
+    WeightSpec,
 )
 
 TENSORS = (
     "weight_packed",
+    "weight",
     "weight_scale",
     "weight_zero_point",
     "weight_shape",
     "weight_g_idx",
+    "input_scale",
+    "input_zero_point",
 )
+COMPANIONS = ()
 
 
 def parse(config: Mapping[str, Any]) -> LayerRules:
@@ -65,66 +75,29 @@ def parse(config: Mapping[str, Any]) -> LayerRules:
     return ConfigFields.read(config).rules()
 
 
+def codes_name(spec: SchemeSpec) -> str:
+    """`weight_packed`, or `weight` where each weight has an element."""
+    return packed.CODES if _is_packed(spec) else plain.CODES
+
+
 def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
-    """weight_packed, weight_scale, weight_shape, and where the spec has them zeros and order.
+    """The tensors of a layer, as its format stores them.
 
     Raises:
-        UnsupportedScheme: the spec is one that the dialect cannot store.
+        UnsupportedScheme: the spec is one that the format cannot store.
     """
-    weight, N, K = spec.weight, shape.out_features, shape.in_features
-    bits, G = served_bits(weight.bits), weight.num_groups(K)
-    found = [
-        CheckpointTensor(
-            "weight_packed",
-            Role.CODES,
-            (N, aligned_words(K, bits)),
-            (torch.int32,),
-            partial(decode_codes, bits=bits, length=K),
-            partial(encode_codes, bits=bits),
-        ),
-        CheckpointTensor(
-            "weight_scale", Role.SCALES, (N, G), SCALE_DTYPES, decode_scales, encode_scales
-        ),
-        CheckpointTensor(
-            "weight_shape", Role.SHAPE, (2,), (torch.int64, torch.int32), size_of, size_of
-        ),
-    ]
-    if not weight.symmetric:
-        found.append(
-            CheckpointTensor(
-                "weight_zero_point",
-                Role.ZEROS,
-                (aligned_words(N, bits), G),
-                (torch.int32,),
-                partial(decode_zeros, bits=bits, length=N),
-                partial(encode_zeros, bits=bits),
-            )
-        )
-    if weight.act_order:
-        found.append(
-            CheckpointTensor(
-                "weight_g_idx",
-                Role.GROUP_INDEX,
-                (K,),
-                (torch.int32, torch.int64),
-                partial(decode_order, group_size=weight.group_size),
-                decode_index,
-            )
-        )
-    return tuple(found)
+    if _is_packed(spec):
+        return packed.tensors(spec.weight, shape)
+    return plain.tensors(spec, shape)
 
 
 def infer_shape(
     spec: SchemeSpec, shapes: Mapping[str, tuple[int, ...]], stored: tuple[int, int] | None = None
 ) -> LayerShape:
-    """N and K: what `weight_shape` holds, else the most that packed words and groups can."""
-    if stored is not None:
-        return LayerShape(out_features=stored[0], in_features=stored[1])
-    N, words = shapes["weight_packed"]
-    K = words * (WORD_BITS // spec.weight.bits)
-    if spec.weight.group_size != PER_CHANNEL and len(shapes.get("weight_scale", ())) == 2:
-        K = min(K, shapes["weight_scale"][1] * spec.weight.group_size)
-    return LayerShape(out_features=N, in_features=K)
+    """N and K, from `weight_shape` and the packed words, or from the shape of `weight`."""
+    if _is_packed(spec):
+        return packed.infer_shape(spec.weight, shapes, stored)
+    return plain.infer_shape(shapes)
 
 
 def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
@@ -132,25 +105,16 @@ def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
 
     The head stays in 16 bits whether or not `ignore` names it.
     """
-    grouped = spec.weight.group_size != PER_CHANNEL
-    weights = {
-        "num_bits": spec.weight.bits,
-        "type": "int",
-        "symmetric": spec.weight.symmetric,
-        "strategy": "group" if grouped else "channel",
-        "group_size": spec.weight.group_size if grouped else None,
-        "actorder": "group" if spec.weight.act_order else None,
-        "dynamic": False,
-    }
+    activation = spec.activation
     group = {
         "targets": [LINEAR],
-        "weights": weights,
-        "input_activations": None,
+        "weights": _weight_args(spec.weight),
+        "input_activations": None if activation is None else _activation_args(activation),
         "output_activations": None,
     }
     return {
         "quant_method": DIALECT,
-        "format": FORMAT,
+        "format": spec.variant or PACKED,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": list(dict.fromkeys((*ignore, "lm_head"))),
@@ -158,47 +122,36 @@ def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def decode_codes(words: Tensor, bits: int, length: int) -> Tensor:
-    """int32 [N, W] to uint8 [N, length]."""
-    return unpack_rows(unpack_aligned, words, bits, length)
+def _is_packed(spec: SchemeSpec) -> bool:
+    return spec.variant in ("", PACKED)
 
 
-def encode_codes(codes: Tensor, bits: int) -> Tensor:
-    """Inverse of `decode_codes`."""
-    check_below(codes, 2**bits, "compressed-tensors codes")
-    return pack_aligned(codes, bits)
+def _weight_args(weight: WeightSpec) -> dict[str, Any]:
+    grouped = weight.group_size != PER_CHANNEL
+    strategy = {1: "group" if grouped else "channel", ALL_ROWS: "tensor"}.get(
+        weight.scale_rows, "block"
+    )
+    args: dict[str, Any] = {
+        "num_bits": weight.bits,
+        "type": "int" if weight.code_type == "int" else "float",
+        "symmetric": weight.symmetric,
+        "strategy": strategy,
+        "group_size": weight.group_size if strategy == "group" else None,
+        "actorder": "group" if weight.act_order else None,
+        "dynamic": False,
+    }
+    if strategy == "block":
+        args["block_structure"] = [weight.scale_rows, weight.group_size]
+    return args
 
 
-def decode_zeros(words: Tensor, bits: int, length: int) -> Tensor:
-    """int32 [W, G] to uint8 [length, G]."""
-    return unpack_aligned(words.t(), bits, length).t().contiguous()
-
-
-def encode_zeros(zeros: Tensor, bits: int) -> Tensor:
-    """Inverse of `decode_zeros`."""
-    check_below(zeros, 2**bits, "compressed-tensors zero-points")
-    return pack_aligned(zeros.t(), bits).t().contiguous()
-
-
-def decode_scales(stored: Tensor) -> Tensor:
-    """A copy in float32."""
-    return stored.to(torch.float32, copy=True)
-
-
-def encode_scales(scales: Tensor) -> Tensor:
-    """A copy in float16."""
-    return scales.to(torch.float16, copy=True)
-
-
-def size_of(stored: Tensor) -> Tensor:
-    """A copy of (N, K) in int64."""
-    return stored.to(torch.int64, copy=True)
-
-
-def decode_order(stored: Tensor, group_size: int) -> Tensor:
-    """The stored group index; -1 anywhere means that it was never set and groups are in order."""
-    index = stored.to(torch.int32, copy=True)
-    if bool((index < 0).any()):
-        index = torch.arange(index.shape[0], dtype=torch.int32, device=index.device)
-        index = index.div(group_size, rounding_mode="floor").to(torch.int32)
-    return index
+def _activation_args(activation: ActivationSpec) -> dict[str, Any]:
+    strategies = {PER_TOKEN: "token", PER_TENSOR: "tensor"}
+    return {
+        "num_bits": 8,
+        "type": "int" if activation.code == "int8" else "float",
+        "symmetric": activation.symmetric,
+        "strategy": strategies.get(activation.group_size, "group"),
+        "group_size": activation.group_size if activation.group_size > 0 else None,
+        "dynamic": activation.dynamic,
+    }

@@ -45,6 +45,7 @@ from vllm_quantkit.spec import (
 )
 
 TENSORS = ("qweight", "scales", "qzeros", "g_idx")
+COMPANIONS = ()
 
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """A word with 1 in each of its fields."""
@@ -61,6 +62,11 @@ def parse(config: Mapping[str, Any]) -> LayerRules:
         UnsupportedScheme: the config is well formed but not served; says what to do.
     """
     return GptqFields.read(config).rules()
+
+
+def codes_name(spec: SchemeSpec) -> str:
+    """`qweight`."""
+    return "qweight"
 
 
 def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:

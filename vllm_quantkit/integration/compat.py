@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_quantkit.spec import LayerRules, WeightSpec
+from quantkit_kernels.act_quant import PER_TOKEN
+from vllm_quantkit.spec import PER_CHANNEL, LayerRules, SchemeSpec, WeightSpec
 
 REPRESENTATIVE_SIZE = 4096
 """Stands for the hidden size of a model whose config does not name one."""
@@ -61,6 +62,13 @@ def additional_config() -> Mapping[str, Any]:
     return given if isinstance(given, Mapping) else {}
 
 
+def serves_lora() -> bool:
+    """True where adapters may be added to layers (`--enable-lora`)."""
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config().lora_config is not None
+
+
 def is_pipeline_parallel() -> bool:
     """True where this process holds only some of the model's layers."""
     from vllm.distributed import get_pp_group
@@ -77,8 +85,33 @@ def serves(config: Mapping[str, Any], rules: LayerRules, hf_config: Any) -> bool
     hidden = int(getattr(hf_config, "hidden_size", None) or REPRESENTATIVE_SIZE)
     dtype = getattr(hf_config, "dtype", None) or torch.bfloat16
     return _parses(str(config["quant_method"]), config) and all(
-        _has_kernel(scheme.weight, (hidden, hidden), dtype) for scheme in rules.schemes
+        _has_kernel(scheme.weight, (hidden, hidden), dtype)
+        if scheme.is_packed
+        else _multiplies_bytes(scheme)
+        for scheme in rules.schemes
     )
+
+
+def _multiplies_bytes(scheme: SchemeSpec) -> bool:
+    """True where vLLM has a path for a layer with 8-bit codes.
+
+    On a CPU, 0.27 to 0.32 have W8A8 in integers, and FP8 from compressed-tensors with scales per
+    channel and token; static, per-tensor and block FP8 and weight-only layers fail there.
+    """
+    from vllm.platforms import current_platform
+
+    weight, activation = scheme.weight, scheme.activation
+    if weight.code_type not in ("int", "e4m3"):
+        return False
+    if not current_platform.is_cpu():
+        return True
+    if activation is None:
+        return False
+    if weight.code_type == "int":
+        return activation.outlier_threshold is None
+    per_token = activation.dynamic and activation.group_size == PER_TOKEN
+    per_channel = weight.group_size == PER_CHANNEL and weight.scale_rows == 1
+    return scheme.dialect == "compressed-tensors" and per_channel and per_token
 
 
 def _parses(quant_method: str, config: Mapping[str, Any]) -> bool:

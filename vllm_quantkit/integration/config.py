@@ -16,10 +16,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_quantkit.errors import QuantkitError, UnsupportedScheme
 from vllm_quantkit.integration import compat
+from vllm_quantkit.integration.context import LoadContext
 from vllm_quantkit.integration.linear import QuantkitLinearMethod
 from vllm_quantkit.integration.names import LayerNames
 from vllm_quantkit.integration.report import LoadReport
+from vllm_quantkit.options import LayerOptions, read_options
 from vllm_quantkit.schemes import SCHEMES, Method, get_method
+from vllm_quantkit.schemes.at_load import load_rules, refuse_load_options
+from vllm_quantkit.schemes.linear import linear_scheme
 from vllm_quantkit.spec import LayerRules, SchemeSpec
 
 AMPERE = 80
@@ -31,7 +35,9 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
 
     Attributes:
         method_name: the name it is registered under.
-        rules: scheme by checkpoint layer.
+        rules: scheme by checkpoint layer; None for a 16-bit model until its first layer is built.
+        names: the checkpoint's layers.
+        report: what loading did.
     """
 
     method_name: ClassVar[str] = "quantkit"
@@ -39,9 +45,12 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, rules: LayerRules | None = None) -> None:
         super().__init__()
         # vLLM passes nothing for a model without a quantization_config.
-        self.rules = self.method().rules({}) if rules is None else rules
+        if rules is None:
+            self.method().at_load(LayerOptions())
+        self.rules = rules
         self.names = LayerNames()
-        self.report = LoadReport(self.method_name, self.names)
+        self.report = LoadReport(self.method_name, self.names, at_load=rules is None)
+        self._context: LoadContext | None = None
 
     @classmethod
     def method(cls) -> type[Method]:
@@ -55,7 +64,7 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             ConfigError, UnsupportedScheme: one sentence with the value seen and the fix.
         """
-        return cls(cls.method().rules(config))
+        return cls(cls.method().rules(config) if config else None)
 
     @classmethod
     def override_quantization_method(
@@ -80,10 +89,14 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         """Ampere."""
         return AMPERE
 
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Older checkpoints keep their config beside config.json."""
-        return ["quantize_config.json", "quant_config.json"]
+    @classmethod
+    def get_config_filenames(cls) -> list[str]:
+        """Where older checkpoints keep their config, beside config.json.
+
+        None for methods that have no such checkpoints: vLLM takes a model without any of the files
+        for damaged, but it may be a 16-bit model to be quantised at load.
+        """
+        return list(cls.method().config_files)
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> Any:
@@ -102,7 +115,9 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Audit the checkpoint's headers before a weight is read."""
-        self.names.read(model_name, revision, self.rules)
+        self.names.read(model_name, revision)
+        if self.rules is not None:
+            self.names.audit(self.rules)
         text_config = getattr(hf_config, "text_config", hf_config)
         self.report.num_layers = getattr(text_config, "num_hidden_layers", None)
 
@@ -116,8 +131,9 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             UnsupportedScheme: a mixture of experts, or partitions of a merged layer that differ.
         """
+        context = self._start()
         if isinstance(layer, LinearBase | ParallelLMHead):
-            return self._linear_method(layer, prefix)
+            return self._linear_method(layer, prefix, context)
         if compat.is_moe_layer(layer) and self._expert_scheme(prefix) is not None:
             raise UnsupportedScheme(
                 f"{self.method_name} does not serve mixture-of-experts layers ({prefix}); drop "
@@ -125,12 +141,29 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
             )
         return None
 
-    def _linear_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def _start(self) -> LoadContext:
+        """What the layers share, made when the first is asked for: options are known by then.
+
+        Raises:
+            ConfigError, UnsupportedScheme: an option cannot be served.
+        """
+        if self._context is None:
+            method, options = self.method(), read_options(compat.additional_config())
+            if self.rules is None:
+                self.rules = load_rules(method, options)
+            elif not self.report.at_load:
+                refuse_load_options(method, options)
+            self.report.options = options
+            self._context = LoadContext(method, options, self.names, self.report)
+        return self._context
+
+    def _linear_method(
+        self, layer: nn.Module, prefix: str, context: LoadContext
+    ) -> QuantizeMethodBase | None:
         partitions = self._partitions(prefix)
         spec = self._common_scheme(prefix, partitions)
         if spec is not None:
-            scheme = self.method().linear(spec)
-            return QuantkitLinearMethod(scheme, prefix, partitions, self.report)
+            return QuantkitLinearMethod(linear_scheme(spec), prefix, partitions, context)
         if isinstance(layer, ParallelLMHead):
             return None
         self.report.leave_unquantized(prefix)
@@ -143,7 +176,7 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         return tuple(f"{parent}.{name}" if parent else name for name in leaves)
 
     def _common_scheme(self, prefix: str, partitions: tuple[str, ...]) -> SchemeSpec | None:
-        specs = {name: self.names.scheme_for(name, self.rules) for name in partitions}
+        specs = {name: self._scheme(name) for name in partitions}
         if len(set(specs.values())) == 1:
             return specs[partitions[0]]
         different = ", ".join(f"{name}: {describe(spec)}" for name, spec in specs.items())
@@ -153,25 +186,24 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         )
 
     def _expert_scheme(self, prefix: str) -> SchemeSpec | None:
-        return self.names.scheme_for(f"{prefix}.0.up_proj", self.rules)
+        return self._scheme(f"{prefix}.0.up_proj")
+
+    def _scheme(self, name: str) -> SchemeSpec | None:
+        assert self.rules is not None
+        return self.names.scheme_for(name, self.rules)
 
 
 def describe(spec: SchemeSpec | None) -> str:
     """A scheme in a few words."""
     if spec is None:
         return "16 bits"
-    return f"{spec.weight.bits} bits, group {spec.weight.group_size}"
+    return spec.describe()
 
 
 class AutoConfig(QuantkitConfig):
     """`quantkit`: also claims, unasked, what vLLM itself would refuse."""
 
     method_name = "quantkit"
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """None: a config beside config.json does not say which dialect it is."""
-        return []
 
     @classmethod
     def override_quantization_method(

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase
 
+from quantkit_kernels.act_quant import RowQuantizer
 from vllm_quantkit.errors import CheckpointError
+from vllm_quantkit.formats import Role
 from vllm_quantkit.integration import compat
+from vllm_quantkit.integration.context import LoadContext
 from vllm_quantkit.integration.loading import LayerLoader
-from vllm_quantkit.integration.report import LoadReport
 from vllm_quantkit.integration.sharding import RankShare
 from vllm_quantkit.schemes import LinearScheme
 from vllm_quantkit.schemes.base import LinearKernel, PackedLayer
@@ -25,7 +27,7 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         scheme: the layer's numerics.
         prefix: the layer's name in the model.
         partitions: names of the checkpoint layers merged into this one.
-        report: where the layer is counted once it is ready.
+        context: what all layers share while the model loads.
     """
 
     def __init__(
@@ -33,13 +35,20 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         scheme: LinearScheme,
         prefix: str,
         partitions: tuple[str, ...],
-        report: LoadReport,
+        context: LoadContext,
     ) -> None:
         self.scheme = scheme
         self.prefix = prefix
         self.partitions = partitions
-        self.report = report
+        self.context = context
         self._segments: tuple[Segment, ...] = ()
+
+    @property
+    def quantizer(self) -> RowQuantizer | None:
+        """How the layer quantises its input, which it also takes quantised; None if it does not."""
+        if len(self._segments) != 1:
+            return None
+        return self._segments[0].kernel.quantizer
 
     def create_weights(
         self,
@@ -54,7 +63,7 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Register the checkpoint's tensors as parameters holding this rank's canonical share."""
         self._dtype = params_dtype
         sharded = input_size_per_partition != input_size
-        share = RankShare(
+        self._share = RankShare(
             prefix=self.prefix,
             partitions=self._partition_names(len(output_partition_sizes)),
             partition_rows=tuple(output_partition_sizes),
@@ -62,8 +71,8 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
             in_features=input_size_per_partition,
             full_in_features=input_size,
         )
-        self._loader = LayerLoader(layer, self.scheme, share)
-        self.report.expect(self.prefix)
+        self._loader = LayerLoader(layer, self.scheme, self._share, self.context)
+        self.context.report.expect(self.prefix)
         self._dummy = compat.loads_dummy_weights()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -74,15 +83,17 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """
         if not self._dummy:
             self._loader.check_complete()
-            self.report.check_bias(layer, self.partitions)
+            self.context.report.check_bias(layer, self.partitions)
         parts = self._loader.parts(layer)
+        largest = self.context.largest_inputs(self.partitions)
         for name in self._loader.names:
             delattr(layer, name)
         self._segments = tuple(
-            self._install(layer, i, self._pack(canonical)) for i, canonical in enumerate(parts)
+            self._install(layer, i, self._pack(self._with_stats(canonical, largest)))
+            for i, canonical in enumerate(parts)
         )
         self._loader.ledger.received.clear()
-        self.report.ready(self.prefix, self._segments[0].kernel.name)
+        self.context.ready(self.prefix, self._segments[0].kernel.name)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = x W^T + b, one product for each range of rows that shares an input order."""
@@ -97,7 +108,16 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return self.partitions
         return tuple(f"{self.prefix}[{i}]" for i in range(count))
 
-    def _pack(self, canonical: dict[Any, Tensor]) -> PackedLayer:
+    def _with_stats(
+        self, canonical: dict[Role, Tensor], largest: Tensor | None
+    ) -> dict[Role, Tensor]:
+        """The canonical tensors, and this rank's share of the statistics if there are any."""
+        if largest is None:
+            return canonical
+        share = self._share.inputs(largest).to(canonical[Role.CODES].device)
+        return {**canonical, Role.INPUT_ABSMAX: share}
+
+    def _pack(self, canonical: dict[Role, Tensor]) -> PackedLayer:
         try:
             return self.scheme.pack(canonical, self._dtype)
         except ValueError as error:

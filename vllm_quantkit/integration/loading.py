@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter
 
-from quantkit_kernels.packing import pack_stream, stream_words, unpack_stream
+from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.formats import CheckpointTensor, Role
-from vllm_quantkit.integration.sharding import (
-    QKV,
-    RankShare,
-    ShardId,
-    expected_outputs,
-    load_rows,
-)
+from vllm_quantkit.integration.canonical import MADE_AT_LOAD, CanonicalParameters, WeightLoader
+from vllm_quantkit.integration.sharding import QKV, RankShare, ShardId, expected_outputs
+from vllm_quantkit.quantize.data_free import relative_error
 from vllm_quantkit.schemes import LinearScheme
-from vllm_quantkit.spec import PER_CHANNEL, LayerShape
+from vllm_quantkit.spec import LayerShape
+
+
+class Surroundings(Protocol):
+    """What a layer's loader may ask about the rest of the checkpoint, and tells."""
+
+    def companions(self, partition: str) -> Mapping[str, Tensor]:
+        """The stored tensors of a checkpoint layer that only mean something together."""
+
+    def smoothing(self, prefix: str, partitions: tuple[str, ...]) -> Tensor | None:
+        """float32 [K]: what the weight's input channels are multiplied by, if by anything."""
+
+    def arrived(self, label: str, weight: Tensor, quantized: QuantizedWeight, error: float) -> None:
+        """A 16-bit weight was quantised, with this relative error."""
 
 
 @dataclass
@@ -42,43 +50,41 @@ class LayerLoader:
     """Creates a layer's parameters under their checkpoint names and fills them, canonical.
 
     Every dialect's tensor is decoded on arrival, cut to this rank's channels in units of
-    channels, never of packed words, and stored canonically: any shard boundary is served.
+    channels, never of packed words, and stored canonically: any shard boundary is served. A 16-bit
+    weight is quantised on arrival, whole rows at a time, so that every division of the model over
+    ranks computes the same codes.
     """
 
-    def __init__(self, layer: Any, scheme: LinearScheme, share: RankShare) -> None:
+    def __init__(
+        self, layer: Any, scheme: LinearScheme, share: RankShare, around: Surroundings
+    ) -> None:
         self._layer = weakref.ref(layer)
         self._scheme = scheme
         self._share = share
+        self._around = around
         self.ledger = Ledger()
-        for tensor in self._tensors(None):
-            layer.register_parameter(tensor.name, self._parameter(tensor))
+        tensors = self._tensors(None)
+        marks = [tensor.shape for tensor in tensors if tensor.role is Role.MARK]
+        self._params = CanonicalParameters(
+            scheme.spec.weight, share, self._roles(tensors), marks[0] if marks else ()
+        )
+        self._params.register(layer, self._loader)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Parameter names, as in the checkpoint."""
-        return tuple(tensor.name for tensor in self._tensors(None))
+        """Names of the parameters."""
+        return tuple(self._params.names.values())
 
     def parts(self, layer: Any) -> list[dict[Role, Tensor]]:
         """Canonical tensors by role, for each run of rows that shares one group index."""
-        spec = self._scheme.spec.weight
-        params = {
-            tensor.role: getattr(layer, tensor.name).data
+        filled = {
+            tensor.role
             for tensor in self._tensors(None)
-            # A reload leaves what it does not fill uninitialised.
             if not tensor.optional or self.ledger.shards(tensor.name)
         }
-        index = params.get(Role.GROUP_INDEX, self._natural_index(params[Role.CODES].device))
-        zeros = params.get(Role.ZEROS)
-        if zeros is None:
-            zeros = torch.full_like(params[Role.SCALES], 2 ** (spec.bits - 1), dtype=torch.int32)
-        codes = unpack_stream(params[Role.CODES], spec.bits, self._share.in_features)
-        whole = {Role.CODES: codes, Role.SCALES: params[Role.SCALES], Role.ZEROS: zeros}
-        if all(torch.equal(row, index[0]) for row in index[1:]):
-            return [{**whole, Role.GROUP_INDEX: index[0]}]
-        return [
-            {**{role: tensor[rows] for role, tensor in whole.items()}, Role.GROUP_INDEX: channels}
-            for rows, channels in zip(self._share.row_ranges, index, strict=True)
-        ]
+        if Role.WEIGHT in filled:
+            filled = set(self._params.names)
+        return self._params.parts(layer, filled)
 
     def check_complete(self) -> None:
         """Every required tensor has arrived for every partition, and none is left half filled.
@@ -97,6 +103,16 @@ class LayerLoader:
                 f"the file is incomplete or its quantization_config describes another model."
             )
 
+    def _roles(self, tensors: tuple[CheckpointTensor, ...]) -> dict[Role, str]:
+        if tensors[0].role is not Role.WEIGHT:
+            return {tensor.role: tensor.name for tensor in tensors}
+        symmetric = self._scheme.spec.weight.symmetric
+        return {
+            role: name
+            for role, name in MADE_AT_LOAD.items()
+            if not (role is Role.ZEROS and symmetric)
+        }
+
     def _owner(self) -> Any:
         """The layer; held weakly because its parameters hold this loader."""
         layer = self._layer()
@@ -111,40 +127,13 @@ class LayerLoader:
         return [name for i, name in enumerate(self._share.partitions) if i not in received]
 
     def _tensors(self, shard: ShardId) -> tuple[CheckpointTensor, ...]:
-        layer = self._owner()
-        rows = expected_outputs(layer, shard)
-        shape = LayerShape(out_features=rows, in_features=self._share.full_in_features)
-        return self._scheme.tensors(shape)
+        return self._scheme.tensors(self._shape(shard))
 
-    def _parameter(self, tensor: CheckpointTensor) -> Any:
-        """An unfilled parameter in canonical form; optional ones hold their default."""
-        share, spec = self._share, self._scheme.spec.weight
-        load = self._loader(tensor.name)
-        groups = spec.num_groups(share.full_in_features)
-        if tensor.role is Role.CODES:
-            words = stream_words(share.in_features, spec.bits)
-            data = torch.zeros(share.out_features, words, dtype=torch.int32)
-        elif tensor.role is Role.SCALES:
-            data = torch.full((share.out_features, groups), torch.nan, dtype=torch.float32)
-        elif tensor.role is Role.ZEROS:
-            middle = 2 ** (spec.bits - 1)
-            data = torch.full((share.out_features, groups), middle, dtype=torch.int32)
-        elif tensor.role is Role.GROUP_INDEX:
-            index = self._natural_index(torch.get_default_device())
-            return BasevLLMParameter(data=index, weight_loader=load)
-        else:
-            data = torch.zeros(len(share.partitions), *tensor.shape, dtype=torch.int64)
-            return BasevLLMParameter(data=data, weight_loader=load)
-        return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=load)
+    def _shape(self, shard: ShardId) -> LayerShape:
+        rows = expected_outputs(self._owner(), shard)
+        return LayerShape(out_features=rows, in_features=self._share.full_in_features)
 
-    def _natural_index(self, device: torch.device) -> Tensor:
-        """k // group_size of this rank's channels, int32 [partitions, K]."""
-        share, group_size = self._share, self._scheme.spec.weight.group_size
-        channels = torch.arange(share.in_start, share.in_start + share.in_features, device=device)
-        size = share.full_in_features if group_size == PER_CHANNEL else group_size
-        return (channels // size).to(torch.int32).repeat(len(share.partitions), 1)
-
-    def _loader(self, name: str) -> Callable[..., None]:
+    def _loader(self, name: str) -> WeightLoader:
         """vLLM's weight-loader protocol for the tensor called `name`."""
 
         def weight_loader(param: Parameter, loaded: Tensor, shard: ShardId = None) -> None:
@@ -156,19 +145,29 @@ class LayerLoader:
         tensor = next(t for t in self._tensors(shard) if t.name == name)
         label = f"{self._label(shard)}.{name}"
         check_tensor(label, loaded, tensor)
-        by_partition = tensor.role in (Role.GROUP_INDEX, Role.SHAPE)
         if param.is_meta:
             # A reload first counts what the loader would copy; decoding copies too.
-            rows = () if by_partition else (expected_outputs(self._owner(), shard),)
-            canonical = param.data.new_empty(*rows, *param.shape[1:])
+            rows = expected_outputs(self._owner(), shard)
+            made = {
+                role: self._params.placeholder(self._param(role, name, param), role, rows)
+                for role in self._filled_by(tensor)
+            }
         else:
             self._record(name, shard, label)
-            canonical = self._canonical(param.device, tensor, loaded, shard, label)
-        if by_partition:
-            for slot in self._slots(shard):
-                param.data[slot].copy_(canonical)
-        else:
-            load_rows(self._owner(), param, canonical.to(param.dtype), shard)
+            made = self._canonical(param.device, tensor, loaded, shard, label)
+        for role, value in made.items():
+            target = self._param(role, name, param)
+            self._params.store(self._owner(), target, role, value, shard, self._slots(shard))
+
+    def _filled_by(self, tensor: CheckpointTensor) -> tuple[Role, ...]:
+        """Roles that the arrival of a tensor fills."""
+        several = tensor.role is Role.WEIGHT or self._assembles()
+        return tuple(self._params.names) if several else (tensor.role,)
+
+    def _param(self, role: Role, name: str, param: Parameter) -> Any:
+        """The parameter of a role; `param`, called `name`, is the one vLLM is loading."""
+        own = self._params.names[role]
+        return param if own == name else getattr(self._owner(), own)
 
     def _canonical(
         self,
@@ -177,19 +176,62 @@ class LayerLoader:
         loaded: Tensor,
         shard: ShardId,
         label: str,
-    ) -> Tensor:
-        """The tensor decoded and cut to this rank's input channels, every row of it."""
+    ) -> dict[Role, Tensor]:
+        """What the tensor means: every row of it, cut to this rank's input channels."""
         try:
-            canonical = tensor.decode(loaded.to(device))
+            if self._assembles():
+                made = self._assemble(shard, device)
+            else:
+                made = {tensor.role: tensor.decode(loaded.to(device))}
+            if tensor.role is Role.WEIGHT:
+                made = self._quantize(made[Role.WEIGHT], label)
         except ValueError as error:
             raise CheckpointError(f"{label} cannot be decoded: {error}") from error
         if tensor.role is Role.SHAPE:
-            self._check_shape(label, canonical, shard)
-        elif tensor.role is Role.GROUP_INDEX:
-            return self._share.inputs(canonical)
-        elif tensor.role is Role.CODES:
-            return pack_stream(self._share.inputs(canonical), self._scheme.spec.weight.bits)
-        return canonical
+            self._check_shape(label, made[Role.SHAPE], shard)
+        for role in (Role.SCALES, Role.INPUT_SCALE):
+            if role in made:
+                self._check_scales(label, made[role])
+        return {role: self._params.cut(role, value) for role, value in made.items()}
+
+    def _quantize(self, weight: Tensor, label: str) -> dict[Role, Tensor]:
+        smoothing = self._around.smoothing(self._share.prefix, self._share.partitions)
+        if smoothing is not None:
+            weight = weight * smoothing.to(weight)
+        quantized = self._scheme.quantize(weight)
+        self._around.arrived(label, weight, quantized, relative_error(weight, quantized))
+        made = {
+            Role.CODES: quantized.codes,
+            Role.SCALES: quantized.scales,
+            Role.ZEROS: quantized.zeros,
+        }
+        return {role: made[role] for role in self._params.names}
+
+    def _assembles(self) -> bool:
+        """True where the dialect's tensors only mean something together."""
+        return self._scheme.assembles
+
+    def _assemble(self, shard: ShardId, device: torch.device) -> dict[Role, Tensor]:
+        stored = self._around.companions(self._label(shard))
+        on_device = {name: tensor.to(device) for name, tensor in stored.items()}
+        return self._scheme.assemble(on_device, self._shape(shard))
+
+    def _check_scales(self, label: str, scales: Tensor) -> None:
+        """Scales are finite and positive, or 0 where producers store that for dead groups.
+
+        Raises:
+            CheckpointError: names the first that is not.
+        """
+        spec = self._scheme.spec
+        allow_zero = spec.is_packed or spec.dialect == "bitsandbytes"
+        bad = ~torch.isfinite(scales) | (scales < 0) | ((scales == 0) & (not allow_zero))
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            raise CheckpointError(
+                f"{label} has the scale {scales[tuple(where)].item()} at {where}, but scales must "
+                f"be positive and finite. The checkpoint is damaged: download it again, or save "
+                f"the model again."
+            )
 
     def _record(self, name: str, shard: ShardId, label: str) -> None:
         self.ledger.received[name, shard] += 1
@@ -199,8 +241,7 @@ class LayerLoader:
             )
 
     def _check_shape(self, label: str, stored: Tensor, shard: ShardId) -> None:
-        layer = self._owner()
-        expected = [expected_outputs(layer, shard), self._share.full_in_features]
+        expected = [expected_outputs(self._owner(), shard), self._share.full_in_features]
         if stored.tolist() != expected:
             raise CheckpointError(
                 f"{label} says {stored.tolist()}, but the model's layer is {expected}; config.json "
@@ -230,11 +271,9 @@ def check_tensor(label: str, found: Tensor, expected: CheckpointTensor) -> None:
         CheckpointError: names the tensor, what was found and what was expected.
     """
     shape = tuple(found.shape)
-    if shape != expected.shape:
+    if not expected.admits(shape):
         raise CheckpointError(
             f"{label} has shape {list(shape)}, expected {list(expected.shape)}; the checkpoint's "
             f"quantization_config (bits, group_size) or its model sizes do not fit its tensors."
         )
-    if found.dtype not in expected.dtypes:
-        allowed = " or ".join(str(dtype) for dtype in expected.dtypes)
-        raise CheckpointError(f"{label} has dtype {found.dtype}, expected {allowed}.")
+    expected.check_dtype(label, found.dtype)

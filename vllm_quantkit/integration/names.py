@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 from vllm.logger import init_logger
 
 from vllm_quantkit.checkpoint import CheckpointAudit, TensorHeader, audit, read_headers
@@ -30,37 +31,51 @@ class LayerNames:
 
     def __init__(self) -> None:
         self._headers: Mapping[str, TensorHeader] = {}
-        self._audit = CheckpointAudit({}, ())
+        self._audit: CheckpointAudit | None = None
+        self._mapper: Any = None
         self._by_model_name: dict[str, str] = {}
         self._claimed: set[str] = set()
 
-    def read(self, model: str, revision: str | None, rules: LayerRules) -> None:
-        """Audit the headers of the checkpoint in folder, or cached hub model, `model`.
+    def read(self, model: str, revision: str | None) -> None:
+        """Read the headers of the checkpoint in folder, or cached hub model, `model`.
 
         Raises:
-            CheckpointError: a tensor is missing, unexpected, misshaped, mistyped or truncated.
+            CheckpointError: a file is truncated, or tensors occur twice.
         """
         folder = checkpoint_folder(model, revision)
         if folder is None or not any(folder.glob("*.safetensors")):
             logger.info("%s has no safetensors here; tensors are checked while they load.", model)
             return
         self._headers = read_headers(folder)
-        self._audit = audit(self._headers, rules)
-        names = (*self._audit.quantised, *self._audit.plain)
-        self._by_model_name = {name: name for name in names}
+        self._index()
+
+    def audit(self, rules: LayerRules) -> None:
+        """Match the headers of a quantised checkpoint with what its rules expect.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected, misshaped or mistyped.
+        """
+        if self._headers:
+            self._audit = audit(self._headers, rules)
 
     def rename(self, mapper: Any) -> None:
         """Learn the model's names for the checkpoint's layers."""
-        for name in (*self._audit.quantised, *self._audit.plain):
-            renamed = mapper.apply_list([name])
+        self._mapper = mapper
+        self._index()
+
+    def _index(self) -> None:
+        names = dict.fromkeys(tensor.rpartition(".")[0] for tensor in self._headers)
+        self._by_model_name = {name: name for name in names}
+        for name in names if self._mapper is not None else ():
+            renamed = self._mapper.apply_list([name])
             if renamed:
                 self._by_model_name[renamed[0]] = name
 
     def scheme_for(self, name: str, rules: LayerRules) -> SchemeSpec | None:
         """The scheme of the model's layer `name`; the checkpoint's tensors outrank its rules."""
         stored = self.checkpoint_name(name)
-        if stored is None:
-            return rules.scheme_for(name)
+        if stored is None or self._audit is None:
+            return rules.scheme_for(stored or name)
         layer = self._audit.quantised.get(stored)
         if layer is None:
             return None
@@ -74,6 +89,26 @@ class LayerNames:
         """
         return self._by_model_name.get(name) or self._by_model_name.get(name.partition(".")[2])
 
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The stored tensors of the model's layer `name`, by their names behind the layer's.
+
+        Raises:
+            CheckpointError: no headers could be read, or they lack the layer.
+        """
+        prefix = f"{self.checkpoint_name(name)}."
+        found = {key.removeprefix(prefix): key for key in self._headers if key.startswith(prefix)}
+        if not found:
+            raise CheckpointError(
+                f"the tensors of {name} must be read together, but no *.safetensors file here has "
+                f"them; save the model with safetensors."
+            )
+        return {short: self._read(key) for short, key in found.items()}
+
+    def _read(self, key: str) -> Tensor:
+        with safe_open(self._headers[key].file, "pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
+
     def check_no_bias(self, name: str) -> None:
         """The checkpoint has no bias for a layer whose model has none, or one that is zero.
 
@@ -86,13 +121,12 @@ class LayerNames:
         header = self._headers.get(bias)
         if header is None:
             return
-        with safe_open(header.file, "pt") as file:
-            if file.get_tensor(bias).any():
-                raise CheckpointError(
-                    f"{bias} in {header.file} is not zero, but the model's layer {name} has no "
-                    f"bias. Set the bias option in config.json (attention_bias, mlp_bias), or "
-                    f"save the model without it."
-                )
+        if self._read(bias).any():
+            raise CheckpointError(
+                f"{bias} in {header.file} is not zero, but the model's layer {name} has no "
+                f"bias. Set the bias option in config.json (attention_bias, mlp_bias), or "
+                f"save the model without it."
+            )
 
     def ignored(self, patterns: tuple[str, ...]) -> list[str]:
         """Checkpoint layers that the patterns name and no layer of the model took."""
@@ -115,7 +149,7 @@ class LayerNames:
         """
         orphans = [
             name
-            for name in self._audit.quantised
+            for name in (self._audit.quantised if self._audit is not None else ())
             if name not in self._claimed
             and not _behind_last_layer(name, num_layers)
             and not _any_matches(ignored, name)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 from vllm.logger import init_logger
 
 from vllm_quantkit.integration import compat
+from vllm_quantkit.integration.memory import MemoryWatch
 from vllm_quantkit.integration.names import LayerNames, shorten
-from vllm_quantkit.options import Options, read_options
+from vllm_quantkit.options import Options
 
 # vLLM formats and levels only loggers below its own name.
 logger = init_logger("vllm.quantkit")
@@ -25,26 +26,37 @@ class LoadReport:
         method: the name given to `--quantization`.
         names: the checkpoint's layers.
         num_layers: decoder layers of the model.
+        options: the user's, once they are read.
+        at_load: True where a 16-bit model is quantised, so that every layer left over is in 16
+            bits and no concern.
+        memory: measured where a 16-bit model is quantised.
     """
 
     method: str
     names: LayerNames
     num_layers: int | None = None
+    options: Options = field(default_factory=Options)
+    at_load: bool = False
+    memory: MemoryWatch = field(default_factory=MemoryWatch)
     _expected: set[str] = field(default_factory=set)
     _ready: dict[str, str] = field(default_factory=dict)
+    _errors: dict[str, float] = field(default_factory=dict)
     _unquantized: list[str] = field(default_factory=list)
-    _options: Options | None = None
     _told: bool = False
 
     def expect(self, prefix: str) -> None:
-        """A quantised layer was created. Options are read here, before any weight is."""
+        """A quantised layer was created."""
         self._expected.add(prefix)
-        if self._options is None:
-            self._options = read_options(compat.additional_config())
+        if self.at_load:
+            self.memory.begin()
 
     def leave_unquantized(self, prefix: str) -> None:
         """A linear layer stays in 16 bits."""
         self._unquantized.append(prefix)
+
+    def quantised(self, label: str, error: float) -> None:
+        """A 16-bit weight was quantised, with this relative error."""
+        self._errors[label.removesuffix(".weight")] = error
 
     def check_bias(self, layer: nn.Module, partitions: Iterable[str]) -> None:
         """No checkpoint bias is lost, see `LayerNames.check_no_bias`."""
@@ -58,15 +70,20 @@ class LoadReport:
         Raises:
             CheckpointError: the checkpoint has quantised layers that the model did not take.
         """
-        if self._options is None:  # no layer of the model is quantised
+        if not self._expected:  # no layer of the model is quantised
             return []
         # A pipeline stage takes its own layers only.
-        if not compat.is_pipeline_parallel():
-            self.names.check_all_claimed(self.num_layers, self._options.ignore_layers)
-        return self.names.ignored(self._options.ignore_layers)
+        if not self.at_load and not compat.is_pipeline_parallel():
+            self.names.check_all_claimed(self.num_layers, self.options.ignore_layers)
+        return self.names.ignored(self.options.ignore_layers)
 
-    def ready(self, prefix: str, kernel: str) -> None:
-        """A layer is packed. After the last one, once, loading is summarised.
+    def ready(self, prefix: str, kernel: str, finish: Callable[[], str]) -> None:
+        """A layer is packed. After the last one, once, loading is finished and summarised.
+
+        Args:
+            prefix: of the layer.
+            kernel: what runs it.
+            finish: completes the model, and says what it did in a sentence or not at all.
 
         Raises:
             CheckpointError: see `close_audit`; not every model's loader asks for it before.
@@ -76,11 +93,16 @@ class LoadReport:
             return
         self._told = True  # a reload passes here again
         self.close_audit()
+        did = finish()
         self._summarise()
+        if did:
+            logger.info("%s: %s", self.method, did)
 
     def _summarise(self) -> None:
         for kernel, count in Counter(self._ready.values()).most_common():
             logger.info("%s: %d layers run %s.", self.method, count, kernel)
+        if self._errors:
+            self._tell_errors()
         if self._unquantized:
             logger.warning(
                 "%s: %d linear layers stay in 16 bits: %s.",
@@ -88,3 +110,14 @@ class LoadReport:
                 len(self._unquantized),
                 shorten(self._unquantized),
             )
+
+    def _tell_errors(self) -> None:
+        worst = max(self._errors, key=self._errors.__getitem__)
+        logger.info(
+            "%s: quantised at load; relative weight error %.2f %% on average, %.2f %% in %s.",
+            self.method,
+            100 * sum(self._errors.values()) / len(self._errors),
+            100 * self._errors[worst],
+            worst,
+        )
+        logger.info("%s: %s.", self.method, self.memory.describe())

@@ -37,8 +37,16 @@ def refuse_existing(out: Path) -> None:
         raise CheckpointError(f"{out} already exists: remove it, or write to another folder.")
 
 
-def encode_layer(weight: QuantizedWeight, scheme: SchemeSpec) -> dict[str, Tensor]:
-    """The tensors of a layer as its dialect stores them, by their name behind the layer's."""
+def encode_layer(
+    weight: QuantizedWeight, scheme: SchemeSpec, inputs: Mapping[Role, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a layer as its dialect stores them, by their name behind the layer's.
+
+    Args:
+        weight: the layer's codes.
+        scheme: how they are stored.
+        inputs: INPUT_SCALE and INPUT_ZERO of static activations.
+    """
     out_features, in_features = weight.codes.shape
     canonical = {
         Role.CODES: weight.codes,
@@ -46,21 +54,36 @@ def encode_layer(weight: QuantizedWeight, scheme: SchemeSpec) -> dict[str, Tenso
         Role.ZEROS: weight.zeros,
         Role.GROUP_INDEX: weight.group_index,
         Role.SHAPE: torch.tensor([out_features, in_features]),
+        **(inputs or {}),
     }
     shape = LayerShape(out_features=out_features, in_features=in_features)
     stored = get_format(scheme.dialect).tensors(scheme, shape)
-    return {tensor.name: tensor.encode(canonical[tensor.role]).contiguous() for tensor in stored}
+    return {
+        tensor.name: tensor.encode(canonical[tensor.role]).contiguous()
+        for tensor in stored
+        if tensor.role in canonical or not tensor.optional
+    }
 
 
 def exchange_layers(
-    layers: Mapping[str, QuantizedWeight], scheme: SchemeSpec
+    layers: Mapping[str, QuantizedWeight],
+    scheme: SchemeSpec,
+    inputs: Mapping[str, Mapping[Role, Tensor]] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """`<layer>.weight` to the layer's encoded tensors, for every layer."""
-    return {
-        f"{layer}.weight": {
-            f"{layer}.{name}": stored for name, stored in encode_layer(weight, scheme).items()
-        }
+    """`<layer>.weight` to the layer's encoded tensors, for every layer.
+
+    Args:
+        layers: layer to its codes.
+        scheme: how they are stored.
+        inputs: layer to INPUT_SCALE and INPUT_ZERO of its static activations.
+    """
+    stored = {
+        layer: encode_layer(weight, scheme, (inputs or {}).get(layer))
         for layer, weight in layers.items()
+    }
+    return {
+        f"{layer}.weight": {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
+        for layer, tensors in stored.items()
     }
 
 

@@ -5,8 +5,7 @@ from typing import Any
 
 from vllm_quantkit.errors import ConfigError
 from vllm_quantkit.formats import FORMATS
-from vllm_quantkit.schemes.base import LinearScheme, Method
-from vllm_quantkit.schemes.wna16 import WNA16
+from vllm_quantkit.schemes.base import Method
 from vllm_quantkit.spec import LayerRules, SchemeSpec
 
 
@@ -15,6 +14,12 @@ class Auto(Method):
 
     name = "quantkit"
     dialects = tuple(FORMATS)
+    contents = "quantised checkpoints"
+
+    @classmethod
+    def serves(cls, spec: SchemeSpec) -> bool:
+        """Whatever a dialect holds."""
+        return True
 
     @classmethod
     def rules(cls, config: Mapping[str, Any]) -> LayerRules:
@@ -23,15 +28,10 @@ class Auto(Method):
         Raises:
             ConfigError: it does not.
         """
-        if config and "quant_method" not in config:
+        if "quant_method" not in config:
             raise ConfigError(
                 "the checkpoint's quantization_config has no quant_method, so --quantization "
                 "quantkit cannot tell what it is. Add the key, or name the method with "
                 "--quantization quantkit-awq or quantkit-gptq."
             )
         return super().rules(config)
-
-    @classmethod
-    def linear(cls, spec: SchemeSpec) -> LinearScheme:
-        """Integer weights, 16-bit activations: what every dialect served so far holds."""
-        return WNA16(spec)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from vllm_quantkit.errors import UnsupportedScheme
+from quantkit_kernels.act_quant.rows import RowQuantizer
+from quantkit_kernels.code_types import CODE_BOOKS
+from quantkit_kernels.wna16 import QuantizedWeight
+from vllm_quantkit.errors import ConfigError, UnsupportedScheme
 from vllm_quantkit.formats import CheckpointTensor, Role, get_format
+from vllm_quantkit.options import LayerOptions
+from vllm_quantkit.quantize.data_free import Refinement, quantize_data_free
 from vllm_quantkit.spec import LayerRules, LayerShape, SchemeSpec
+
+Assemble = Callable[[Mapping[str, Tensor], LayerShape, SchemeSpec], dict[Role, Tensor]]
 
 
 class LinearScheme(ABC):
@@ -23,10 +30,34 @@ class LinearScheme(ABC):
 
     def __init__(self, spec: SchemeSpec) -> None:
         self.spec = spec
+        self._format = get_format(spec.dialect)
 
-    @abstractmethod
     def tensors(self, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
-        """The checkpoint tensors of a layer of this shape."""
+        """The checkpoint tensors of a layer of this shape, as its dialect has them."""
+        return self._format.tensors(self.spec, shape)
+
+    @property
+    def assembles(self) -> bool:
+        """True where the dialect's tensors only mean something together, see `assemble`."""
+        return self.spec.weight.code_type in CODE_BOOKS
+
+    def assemble(self, stored: Mapping[str, Tensor], shape: LayerShape) -> dict[Role, Tensor]:
+        """Canonical tensors of a layer from all that a checkpoint stores of it.
+
+        Raises:
+            ValueError: the tensors contradict each other or the layer's shape.
+        """
+        assemble: Assemble = getattr(self._format, "assemble")  # noqa: B009 - only some have it
+        return assemble(stored, shape, self.spec)
+
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """A 16-bit weight [N, K] rounded without data.
+
+        Raises:
+            QuantkitError: the weight is not finite.
+        """
+        refine = cast(Refinement, self.spec.variant)
+        return quantize_data_free(weight, self.spec.weight, refine)
 
     @abstractmethod
     def pack(self, parts: Mapping[Role, Tensor], dtype: torch.dtype) -> PackedLayer:
@@ -40,6 +71,28 @@ class LinearScheme(ABC):
             ValueError: a value no kernel can use, such as a scale that is not finite.
         """
 
+    def _weight(self, parts: Mapping[Role, Tensor]) -> QuantizedWeight:
+        """The canonical tensors as a weight.
+
+        Raises:
+            ValueError: a scale is not finite.
+        """
+        scales = parts[Role.SCALES].float()
+        bad = ~torch.isfinite(scales)
+        if bad.any():
+            row, group = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"the scale of output channel {row}, group {group} is {scales[row, group].item()}"
+            )
+        return QuantizedWeight(
+            codes=parts[Role.CODES],
+            scales=scales,
+            zeros=parts[Role.ZEROS].to(torch.uint8),
+            group_index=parts[Role.GROUP_INDEX],
+            bits=self.spec.weight.bits,
+            code_type=self.spec.weight.code_type,
+        )
+
 
 class LinearKernel(Protocol):
     """The product of a packed layer; holds sizes, never tensors."""
@@ -47,6 +100,10 @@ class LinearKernel(Protocol):
     @property
     def name(self) -> str:
         """For the log: kernel, bits and group size."""
+
+    @property
+    def quantizer(self) -> RowQuantizer | None:
+        """How it quantises its input, which it also takes quantised; None if it does not."""
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         """y = x W^T + b, [..., K] to [..., N], the weight read from `tensors`."""
@@ -70,10 +127,52 @@ class Method(ABC):
 
     Attributes:
         dialects: checkpoints (`quant_method`) it takes; the first where the config names none.
+        contents: what it serves, in words, for refusals.
+        options: the `LayerOptions` it looks at when it quantises a model at load.
+        config_files: where its older checkpoints keep what is now in config.json.
+        smooths: True where activation statistics move outliers from activations into weights.
     """
 
     name: ClassVar[str]
     dialects: ClassVar[tuple[str, ...]]
+    contents: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    config_files: ClassVar[tuple[str, ...]] = ()
+    smooths: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def serves(cls, spec: SchemeSpec) -> bool:
+        """True where a checkpoint layer described by `spec` is for this method."""
+
+    @classmethod
+    def at_load(cls, options: LayerOptions) -> SchemeSpec:
+        """What a layer of a 16-bit model becomes.
+
+        Raises:
+            UnsupportedScheme: the method needs calibration, so it serves checkpoints only.
+        """
+        raise UnsupportedScheme(
+            f"--quantization {cls.name} serves checkpoints that are already quantised, but "
+            f"this model's config.json has no quantization_config. Quantise the model first "
+            f"(vllm_quantkit.quantize), use a method that quantises at load "
+            f"(quantkit-int4, quantkit-int8, quantkit-fp8, quantkit-smoothquant), or drop the "
+            f"flag to serve it in 16 bits."
+        )
+
+    @classmethod
+    def check_options(cls, options: LayerOptions) -> None:
+        """Only options that the method looks at are set.
+
+        Raises:
+            ConfigError: names the option.
+        """
+        for name, value in options.given().items():
+            if name not in cls.options:
+                raise ConfigError(
+                    f"--additional-config quantkit: {name} = {value!r} means nothing to "
+                    f"{cls.name}; it takes {', '.join(cls.options) or 'no such option'}."
+                )
 
     @classmethod
     def takes(cls, config: Mapping[str, Any]) -> bool:
@@ -88,24 +187,21 @@ class Method(ABC):
             ConfigError, UnsupportedScheme: as `get_format` and the dialect's `parse`, or the
                 checkpoint is for another method.
         """
-        if not config:
-            raise UnsupportedScheme(
-                f"--quantization {cls.name} serves checkpoints that are already quantised, but "
-                f"this model's config.json has no quantization_config. Quantise the model first "
-                f"(vllm_quantkit.quantize) or drop the flag to serve it in 16 bits."
-            )
         # The older files beside config.json do not name their method.
         config = {"quant_method": cls.dialects[0], **config}
         dialect = get_format(str(config["quant_method"]).lower())
         if not cls.takes(config):
-            raise UnsupportedScheme(
-                f"--quantization {cls.name} serves quant_method {', '.join(cls.dialects)}, but "
-                f"this checkpoint says {config['quant_method']!r}. Use --quantization "
-                f"quantkit, which picks the method from the checkpoint."
-            )
-        return dialect.parse(config)
+            raise cls._refusal(f"quant_method {config['quant_method']!r}")
+        rules = dialect.parse(config)
+        for spec in rules.schemes:
+            if not cls.serves(spec):
+                raise cls._refusal(spec.describe())
+        return rules
 
     @classmethod
-    @abstractmethod
-    def linear(cls, spec: SchemeSpec) -> LinearScheme:
-        """The scheme of a layer described by `spec`."""
+    def _refusal(cls, found: str) -> UnsupportedScheme:
+        return UnsupportedScheme(
+            f"--quantization {cls.name} serves {cls.contents} (quant_method "
+            f"{', '.join(cls.dialects)}), but this checkpoint says {found}. Use --quantization "
+            f"quantkit, which picks the method from the checkpoint."
+        )

@@ -1,29 +1,21 @@
-"""Weight-only integers: W in 2 to 8 bits with group scales, activations in 16 bits."""
+"""Weight-only: W in 2 to 8 bits, integers, floats or a code book; activations in 16 bits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quantkit_kernels.wna16 import QuantizedWeight, pack_weight
-from vllm_quantkit.formats import CheckpointTensor, Role, get_format
+from quantkit_kernels.wna16 import pack_weight
+from vllm_quantkit.formats import Role
 from vllm_quantkit.schemes.base import LinearScheme, PackedLayer
-from vllm_quantkit.spec import LayerShape, SchemeSpec
 
 
 class WNA16(LinearScheme):
-    """y = x (scales (codes - zeros))^T + b, dequantised inside the kernel."""
-
-    def __init__(self, spec: SchemeSpec) -> None:
-        super().__init__(spec)
-        self._format = get_format(spec.dialect)
-
-    def tensors(self, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
-        """The dialect's tensors for this layer."""
-        return self._format.tensors(self.spec, shape)
+    """y = x (scales value(codes))^T + b, dequantised inside the kernel."""
 
     def pack(self, parts: Mapping[Role, Tensor], dtype: torch.dtype) -> PackedLayer:
         """Codes, scales, zero-points and group index to the layout of `quantkit::wna16_linear`.
@@ -31,7 +23,17 @@ class WNA16(LinearScheme):
         Raises:
             ValueError: a scale is not finite, or a group index is out of range.
         """
-        packed = pack_weight(self._int_weight(parts), dtype)
+        return self.pack_weight_only(parts, dtype)
+
+    def pack_weight_only(
+        self, parts: Mapping[Role, Tensor], dtype: torch.dtype, reason: str = ""
+    ) -> PackedLayer:
+        """As `pack`; the kernel's name says `reason`, why activations stay in 16 bits.
+
+        Raises:
+            ValueError: as `pack`.
+        """
+        packed = pack_weight(self._weight(parts), dtype)
         optional = {"weight_zeros": packed.zeros, "input_gather": packed.gather}
         tensors = {
             "weight_packed": packed.codes,
@@ -39,29 +41,14 @@ class WNA16(LinearScheme):
             **{name: tensor for name, tensor in optional.items() if tensor is not None},
         }
         kernel = WNA16Kernel(
-            name=f"{packed.kernel}, {self.spec.weight.bits} bits, group {packed.group_size}",
+            name=", ".join(filter(None, (packed.kernel, self.spec.weight.describe(), reason))),
             bits=packed.bits,
             group_size=packed.group_size,
             in_features=packed.in_features,
             out_features=packed.out_features,
+            code_type=packed.code_type,
         )
         return PackedLayer(tensors, kernel)
-
-    def _int_weight(self, parts: Mapping[Role, Tensor]) -> QuantizedWeight:
-        scales = parts[Role.SCALES].float()
-        bad = ~torch.isfinite(scales)
-        if bad.any():
-            row, group = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"the scale of output channel {row}, group {group} is {scales[row, group].item()}"
-            )
-        return QuantizedWeight(
-            codes=parts[Role.CODES],
-            scales=scales,
-            zeros=parts[Role.ZEROS].to(torch.uint8),
-            group_index=parts[Role.GROUP_INDEX],
-            bits=self.spec.weight.bits,
-        )
 
 
 @dataclass(frozen=True)
@@ -73,6 +60,8 @@ class WNA16Kernel:
     group_size: int
     in_features: int
     out_features: int
+    code_type: str
+    quantizer: ClassVar[None] = None
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         """y = x W^T + b."""
@@ -87,5 +76,6 @@ class WNA16Kernel:
             self.group_size,
             self.in_features,
             self.out_features,
+            self.code_type,
         )
         return y

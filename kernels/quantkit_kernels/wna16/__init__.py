@@ -1,4 +1,4 @@
-"""Linear layers with 2- to 8-bit integer weights and 16-bit activations."""
+"""Linear layers with 2- to 8-bit weights and 16-bit activations."""
 
 from quantkit_kernels.wna16.op import pack_weight, wna16_linear
 from quantkit_kernels.wna16.reference import reference_linear

@@ -7,20 +7,18 @@ pieces whose sum is exact, or multiplied in float32 where the CPU has no bfloat1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantkit_kernels.wna16.cpu_inner import PANEL, PANEL_BYTES
-from quantkit_kernels.wna16.cpu_jit import ArgumentBlock, Kernel, host_kernel
+from quantkit_kernels.code_types import CodeType
+from quantkit_kernels.cpu_arithmetic import PANEL, PANEL_BYTES
+from quantkit_kernels.cpu_codes import BOOK_FACTOR
+from quantkit_kernels.cpu_host import Kernel, Product, host_kernel
+from quantkit_kernels.cpu_panels import pack_codes, pad_bias, panels
+from quantkit_kernels.cpu_run import address, new_block, plan, run
 from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
-
-CHUNK_ROWS = 256
-"""Most rows of a task: the activations of a group, the sums and the tile take 104 KiB of cache.
-At 512 rows of 4096 x 4096, 64 to 256 rows differ by less than 5 %."""
 
 REGROUP_ROWS = 4
 """Above this many rows, activations are copied so that a group's rows lie next to each other:
@@ -29,38 +27,40 @@ rows a power of two apart would fall into the same few lines of the first-level 
 PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """Pieces of 8 significant bits that represent an activation exactly."""
 
-THREAD_WORK = 16384
-"""Least rows x panels x bytes of a row that are worth a second thread: about 10 us of one.
-A 256 x 256 layer with one row stays on one thread, a 1536 x 256 layer does not."""
-
-ALIGNMENT = 64
-"""Bytes of a cache line and of the widest vector."""
-
 
 def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
-    """Panels of 32 output columns: 16 lanes load the codes of 16 columns at once.
+    """Panels of 32 output columns, as in `cpu_panels`.
 
-    codes: int32 [N/32, K' * bits / 32, 32]; a word holds 32 / bits channels of one column, two's
-        complement of code - centre, channel 2 i + h of the word at bit i * bits + 16 h.
-    scales: float32 [N/32, G, 32].
-    zeros: int8 [N/32, G, 32], zero - centre; None where all are 0, as in symmetric weights.
+    codes: int32 [N/32, K' * bits / 32, 32]; integers as the two's complement of code - centre.
+    scales: float32 [N/32, G, 32], divided by `BOOK_FACTOR` where the code type has one.
+    zeros: int8 [N/32, G, 32], zero - centre; None where all are 0, as in symmetric weights and
+        those that are not integers.
 
     N is padded to whole panels. The layout is the same for every `dtype` and CPU.
     """
-    bits = weight.container_bits
-    centre = _centre(weight)
+    bits, code_type = weight.container_bits, weight.code_type
+    centre = _centre(weight) if code_type == "int" else 0
     zeros = weight.zeros.to(torch.int16) - centre
+    has_zeros = code_type == "int" and bool(zeros.any())
+    unit = host_kernel(_product(bits, code_type, dtype)).arithmetic.unit
     return PackedWeight(
-        codes=_pack_codes(weight.codes.to(torch.int32) - centre, bits),
-        scales=_panels(weight.scales.float()),
-        zeros=_panels(zeros.to(torch.int8)) if bool(zeros.any()) else None,
+        codes=pack_codes(weight.codes.to(torch.int32) - centre, bits),
+        scales=panels(weight.scales.float() / BOOK_FACTOR.get(code_type, 1.0)),
+        zeros=panels(zeros.to(torch.int8)) if has_zeros else None,
         gather=weight.gather,
         bits=bits,
         group_size=weight.group_size,
         in_features=weight.in_features,
         out_features=weight.codes.shape[0],
-        kernel=f"CPU {host_kernel(bits).arithmetic.unit} panels (W{bits}A16)",
+        kernel=f"CPU {unit} panels (W{bits}A16)",
+        code_type=code_type,
     )
+
+
+def _product(bits: int, code_type: CodeType, dtype: torch.dtype) -> Product:
+    """NF4's numbers are two bfloat16 each; with bfloat16 activations one, the nearest, will do."""
+    two = code_type == "nf4" and dtype != torch.bfloat16
+    return Product(bits, code_type, weight_pieces=2 if two else 1)
 
 
 def _centre(weight: UniformWeight) -> int:
@@ -69,23 +69,6 @@ def _centre(weight: UniformWeight) -> int:
     first = int(weight.zeros[0, 0])
     fits = first <= middle and int(weight.codes.max()) - first < middle
     return first if fits and bool((weight.zeros == first).all()) else middle
-
-
-def _pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """int32 [N, K'], each a signed integer of `bits` bits, to int32 [N/32, K' * bits / 32, 32]."""
-    masked = (codes & (2**bits - 1)).unflatten(1, (-1, 16 // bits, 2))
-    words = torch.zeros(masked.shape[:2], dtype=torch.int32)
-    for pair in range(16 // bits):
-        for half in (0, 1):
-            words |= masked[..., pair, half] << (pair * bits + 16 * half)
-    return _panels(words)
-
-
-def _panels(values: Tensor) -> Tensor:
-    """[N, L] to [ceil(N / 32), L, 32], padded with zeros."""
-    padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % PANEL))
-    panels: Tensor = padded.unflatten(0, (-1, PANEL))
-    return panels.transpose(1, 2).contiguous()
 
 
 def linear(
@@ -99,8 +82,9 @@ def linear(
     group_size: int,
     in_features: int,
     out_features: int,
+    code_type: CodeType,
 ) -> Tensor:
-    """y = [x, 0][:, gather] (scales (codes - zeros))^T + bias, accumulated in float32.
+    """y = [x, 0][:, gather] (scales value(codes))^T + bias, accumulated in float32.
 
     Args:
         x: [M, K]. Others as packed by `pack`.
@@ -108,15 +92,15 @@ def linear(
     Returns:
         [M, N] in the dtype of `x`.
     """
-    kernel = host_kernel(bits)
-    panels, groups, _ = scales.shape
+    kernel = host_kernel(_product(bits, code_type, x.dtype))
+    groups, columns = scales.shape[1], scales.shape[0] * PANEL
     is_bf16 = x.dtype == torch.bfloat16
     out_dtype = torch.bfloat16 if is_bf16 else torch.float32
-    out = torch.empty(x.shape[0], panels * PANEL, dtype=out_dtype)
+    out = torch.empty(x.shape[0], columns, dtype=out_dtype)
     if x.shape[0]:
         pieces = split_inputs(gather_inputs(x, gather, groups * group_size), kernel)
         inputs = _lay_out(pieces, groups, with_sums=zeros is not None)
-        _run(kernel, inputs, codes, scales, zeros, _pad_bias(bias, panels * PANEL), out)
+        _run(kernel, inputs, codes, scales, zeros, pad_bias(bias, columns), out)
     y = out if out.shape[1] == out_features else out[:, :out_features].contiguous()
     return y if is_bf16 else y.to(x.dtype)
 
@@ -139,12 +123,6 @@ def split_inputs(x: Tensor, kernel: Kernel) -> Tensor:
         # Infinity - infinity is NaN; the first piece alone is to say that x is infinite.
         rest = (rest - piece).nan_to_num(nan=0.0)
     return torch.cat(pieces)
-
-
-def _pad_bias(bias: Tensor | None, columns: int) -> Tensor | None:
-    if bias is None:
-        return None
-    return torch.nn.functional.pad(bias.float(), (0, columns - bias.numel())).contiguous()
 
 
 class _Inputs(NamedTuple):
@@ -190,76 +168,25 @@ def _run(
     out: Tensor,
 ) -> None:
     """Fill `out` [M, 32 * panels]."""
-    plan = _plan(
+    chosen = plan(
         rows=out.shape[0],
         pieces=inputs.rows // out.shape[0],
         panels=codes.shape[0],
         groups=scales.shape[1],
         group_words=codes.shape[1] // scales.shape[1],
-        group_bytes=inputs.group_size * inputs.x.element_size(),
+        steps=inputs.group_size * inputs.x.element_size() // 4,
+        weight_pieces=kernel.arithmetic.weight_pieces,
         out_bf16=out.dtype == torch.bfloat16,
         max_threads=torch.get_num_threads(),
     )
-    scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8)
-    block = ArgumentBlock.from_buffer_copy(plan.block)
+    block = new_block(chosen)
     block.x = inputs.x.data_ptr()
     block.x_row, block.x_group = inputs.row, inputs.group
     block.x_piece = out.shape[0] * inputs.row
-    block.x_sums = _address(inputs.sums)
+    block.x_sums = address(inputs.sums)
     block.x_sums_piece, block.x_sums_group = out.shape[0] * 4, inputs.rows * 4
     block.codes, block.scales = codes.data_ptr(), scales.data_ptr()
-    block.zeros, block.bias = _address(zeros), _address(bias)
+    block.scale_panel, block.scale_group = scales.shape[1] * PANEL_BYTES, PANEL_BYTES
+    block.zeros, block.bias = address(zeros), address(bias)
     block.out = out.data_ptr()
-    block.scratch = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
-    kernel.run(block, plan.threads)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How a product is cut: argument block without addresses, threads, and their scratch."""
-
-    block: ArgumentBlock
-    threads: int
-    scratch_bytes: int
-
-
-@lru_cache(maxsize=4096)
-def _plan(
-    *,
-    rows: int,
-    pieces: int,
-    panels: int,
-    groups: int,
-    group_words: int,
-    group_bytes: int,
-    out_bf16: bool,
-    max_threads: int,
-) -> _Plan:
-    """Cut `rows` into chunks and count the threads that their tasks are worth."""
-    chunks = -(-rows // CHUNK_ROWS)
-    chunk_rows = -(-rows // chunks)
-    tasks = chunks * panels
-    work = rows * pieces * panels * groups * group_bytes
-    threads = max(1, min(max_threads, tasks, work // THREAD_WORK))
-    steps = group_bytes // 4
-    tile_bytes = steps * PANEL_BYTES
-    slot_bytes = tile_bytes + chunk_rows * PANEL_BYTES
-    block = ArgumentBlock(
-        tasks=tasks,
-        chunks=chunks,
-        chunk_rows=chunk_rows,
-        rows=rows,
-        groups=groups,
-        group_words=group_words,
-        steps=steps,
-        pieces=pieces,
-        out_row=panels * PANEL * (2 if out_bf16 else 4),
-        out_bf16=int(out_bf16),
-        slot_bytes=slot_bytes,
-        tile_bytes=tile_bytes,
-    )
-    return _Plan(block, threads, threads * slot_bytes + ALIGNMENT)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    run(kernel, chosen, block)

@@ -1,4 +1,4 @@
-"""The canonical CUDA layout of integer weights: tiles of 64 rows x 128 columns, in MMA order.
+"""The canonical CUDA layout of weights: tiles of 64 rows x 128 columns, in MMA order.
 
 A tensor-core A fragment gives thread t (lane % 4) of row n the columns 16 c + 8 j + 2 t + b for
 b, j in {0, 1} and every c. A word holds such columns only, so that unpacking it fills the
@@ -49,12 +49,13 @@ def padded_columns(columns: int) -> int:
     return -(-columns // TILE_K) * TILE_K
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int, *, integer: bool = True) -> Tensor:
     """words[i, j, r, w] = the codes of row 64 i + r at the columns of word w of k tile j.
 
     Args:
         codes: uint8 [N, K'], each below 2**bits. Padding rows and columns get code 0.
-        bits: 4, or 8: stored in two's complement as code - 128.
+        bits: 4 or 8.
+        integer: 8-bit codes are stored in two's complement, as code - 128.
 
     Returns:
         int32 [N' / 64, K'' / 128, 64, 4 * bits].
@@ -62,14 +63,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     padding = (0, padded_columns(columns) - columns, 0, padded_rows(rows) - rows)
     padded = torch.nn.functional.pad(codes, padding)
-    stored = padded if bits == 4 else padded ^ 0x80
+    stored = padded ^ 0x80 if bits == 8 and integer else padded
     split = stored.unflatten(0, (-1, TILE_N)).unflatten(2, (-1, *_COLUMN_AXES[bits]))
     ordered = split.permute(0, 2, 1, *(3 + axis for axis in _STORAGE_ORDER[bits]))
     return pack_aligned(ordered.flatten(3), bits).contiguous()
 
 
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
-    """Inverse of `pack_codes`: uint8 [N', K''], padding included."""
+    """Inverse of `pack_codes` for integers: uint8 [N', K''], padding included."""
     axes, order = _COLUMN_AXES[bits], _STORAGE_ORDER[bits]
     stored = unpack_aligned(words, bits, TILE_K).unflatten(3, [axes[axis] for axis in order])
     inverse = [order.index(axis) for axis in range(len(order))]
@@ -78,7 +79,7 @@ def unpack_codes(words: Tensor, bits: int) -> Tensor:
     return codes if bits == 4 else codes.bitwise_xor(0x80)
 
 
-def pack_scales(scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
+def pack_scales(scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:
     """word = fp32 scale rounded to 16 significant bits, its low byte replaced by the zero-point.
 
     Every float16 and bfloat16 scale is exact, at any exponent. One instruction each yields the
@@ -87,15 +88,16 @@ def pack_scales(scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
 
     Args:
         scales: float32 [N, K' / g].
-        zeros: uint8 [N, K' / g].
+        zeros: uint8 [N, K' / g], or None: a word is all scale, exactly.
         group_size: g, which divides 128.
 
     Returns:
         int32 [K'' / g, N']; padding has scale 0.
     """
-    bits = scales.float().contiguous().view(torch.int32)
-    rounded = (bits + 0x7F + ((bits >> 8) & 1)) & ~0xFF
-    words = rounded | zeros.to(torch.int32)
+    words = scales.float().contiguous().view(torch.int32)
+    if zeros is not None:
+        rounded = (words + 0x7F + ((words >> 8) & 1)) & ~0xFF
+        words = rounded | zeros.to(torch.int32)
     rows, groups = words.shape
     missing = padded_columns(groups * group_size) // group_size - groups
     padding = (0, missing, 0, padded_rows(rows) - rows)
@@ -103,6 +105,6 @@ def pack_scales(scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
 
 
 def unpack_scales(words: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of `pack_scales`: float32 and uint8, both [N', K'' / g]."""
+    """Inverse of `pack_scales` with zeros: float32 and uint8, both [N', K'' / g]."""
     by_row = words.T.contiguous()
     return (by_row & ~0xFF).view(torch.float32), (by_row & 0xFF).to(torch.uint8)

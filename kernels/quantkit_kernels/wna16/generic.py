@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from quantkit_kernels.code_types import CodeType, code_values
 from quantkit_kernels.packing import pack_aligned, unpack_aligned
 from quantkit_kernels.quant_math import dequantize_codes
 from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
@@ -20,6 +21,7 @@ def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
         in_features=weight.in_features,
         out_features=weight.codes.shape[0],
         kernel=f"dequantise + ATen (W{weight.container_bits}A16)",
+        code_type=weight.code_type,
     )
 
 
@@ -34,8 +36,9 @@ def linear(
     group_size: int,
     in_features: int,
     out_features: int,
+    code_type: CodeType,
 ) -> Tensor:
-    """y = [x, 0][:, gather] (scales (codes - zeros))^T + bias, in fp32.
+    """y = [x, 0][:, gather] (scales value(codes))^T + bias, in fp32.
 
     Args:
         x: [M, K]. Others as packed by `pack`.
@@ -45,6 +48,9 @@ def linear(
     """
     columns = scales.shape[1] * group_size
     grouped = unpack_aligned(codes, bits, columns).unflatten(1, (-1, group_size))
-    weight = dequantize_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1)).flatten(1)
-    y = gather_inputs(x, gather, columns).float() @ weight.T
+    if code_type == "int":
+        weight = dequantize_codes(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1))
+    else:
+        weight = code_values(code_type).to(codes.device)[grouped.long()] * scales.unsqueeze(-1)
+    y = gather_inputs(x, gather, columns).float() @ weight.flatten(1).T
     return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -8,14 +8,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quantkit_kernels.wna16.weights import PackedWeight, QuantizedWeight, make_uniform
+from quantkit_kernels.wna16.weights import (
+    CONTAINER_OF,
+    PackedWeight,
+    QuantizedWeight,
+    make_uniform,
+)
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 torch.library.define(
     "quantkit::wna16_linear",
     "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? gather, Tensor? bias, "
-    "int bits, int group_size, int in_features, int out_features) -> Tensor",
+    "int bits, int group_size, int in_features, int out_features, str code_type) -> Tensor",
 )
 
 
@@ -23,7 +28,7 @@ def pack_weight(weight: QuantizedWeight, dtype: torch.dtype) -> PackedWeight:
     """Lay `weight` out for the kernel of the device it lies on.
 
     Args:
-        weight: N x K integer weight.
+        weight: N x K weight.
         dtype: the activations' dtype: float16, bfloat16 or float32.
 
     Raises:
@@ -36,7 +41,7 @@ def pack_weight(weight: QuantizedWeight, dtype: torch.dtype) -> PackedWeight:
 
 
 def wna16_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """y[m, n] = sum_k x[m, k] scales[n, g(k)] (codes[n, k] - zeros[n, g(k)]) + bias[n].
+    """y[m, n] = sum_k x[m, k] scales[n, g(k)] value(codes[n, k]) + bias[n].
 
     Args:
         x: float16, bfloat16 or float32 [..., K].
@@ -57,6 +62,7 @@ def wna16_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) ->
         weight.group_size,
         weight.in_features,
         weight.out_features,
+        weight.code_type,
     )
     return y
 
@@ -73,18 +79,24 @@ def _fake(
     group_size: int,
     in_features: int,
     out_features: int,
+    code_type: str,
 ) -> Tensor:
-    check_arguments(x, bias, bits, in_features, out_features)
+    check_arguments(x, bias, bits, in_features, out_features, code_type)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 def check_arguments(
-    x: Tensor, bias: Tensor | None, bits: int, in_features: int, out_features: int
+    x: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    in_features: int,
+    out_features: int,
+    code_type: str,
 ) -> None:
     """Refuse what no kernel can run, naming the value.
 
     Raises:
-        ValueError: x, bias or bits do not fit the weight.
+        ValueError: x, bias, bits or code type do not fit the weight.
     """
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} channels, but the weight takes {in_features}")
@@ -92,6 +104,11 @@ def check_arguments(
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out_features},)")
     if bits not in (4, 8):
         raise ValueError(f"codes of {bits} bits are not served; containers are 4 or 8 bits")
+    if code_type != "int" and CONTAINER_OF.get(code_type) != bits:
+        raise ValueError(
+            f"codes of type {code_type} in {bits} bits are not served; use int, or one of "
+            f"{', '.join(f'{name} in {width}' for name, width in CONTAINER_OF.items())}"
+        )
     if x.dtype not in ACTIVATION_DTYPES:
         raise ValueError(f"activations of {x.dtype} are not served; use one of {ACTIVATION_DTYPES}")
 
@@ -123,11 +140,12 @@ def _implementation(device_type: str) -> Callable[..., Tensor]:
         group_size: int,
         in_features: int,
         out_features: int,
+        code_type: str,
     ) -> Tensor:
-        check_arguments(x, bias, bits, in_features, out_features)
-        sizes = (bits, group_size, in_features, out_features)
+        check_arguments(x, bias, bits, in_features, out_features, code_type)
+        kind = (bits, group_size, in_features, out_features, code_type)
         rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-        y: Tensor = _backend(device_type).linear(rows, codes, scales, zeros, gather, bias, *sizes)
+        y: Tensor = _backend(device_type).linear(rows, codes, scales, zeros, gather, bias, *kind)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 
     return run

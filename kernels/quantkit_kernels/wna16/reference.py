@@ -6,11 +6,11 @@ from quantkit_kernels.wna16.weights import QuantizedWeight
 
 
 def reference_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """y[m, n] = sum_k x[m, k] scales[n, g(k)] (codes[n, k] - zeros[n, g(k)]) + bias[n].
+    """y[m, n] = sum_k x[m, k] scales[n, g(k)] value(codes[n, k]) + bias[n].
 
     Args:
         x: float [..., K].
-        weight: N x K integer weight.
+        weight: N x K weight.
         bias: float [N] or None.
 
     Returns:

@@ -5,13 +5,13 @@ are dequantised a chunk of rows at a time for cuBLAS, which then costs less than
 No launch synchronises or depends on values, so all may be captured in a CUDA graph.
 """
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
 
-from quantkit_kernels.tuning import Device, TileConfig, select_tile
+from quantkit_kernels.code_types import CODE_BOOKS, CodeType
+from quantkit_kernels.triton_common import add_splits, device_of
+from quantkit_kernels.tuning import TileConfig, select_tile
 from quantkit_kernels.wna16.cuda_layout import (
     TILE_K,
     TILE_N,
@@ -19,7 +19,7 @@ from quantkit_kernels.wna16.cuda_layout import (
     pack_scales,
     padded_columns,
 )
-from quantkit_kernels.wna16.triton_kernels import dequantise_rows, sum_splits, wna16_gemm
+from quantkit_kernels.wna16.triton_kernels import dequantise_rows, wna16_gemm
 from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
 DENSE_TOKENS = 1024
@@ -31,12 +31,6 @@ DENSE_CHUNK = 1 << 24
 DENSE_WARPS = 8
 """Of `dequantise_rows`: with 4, a tile of float32 does not fit the registers."""
 
-SUM_BLOCK = 512
-"""Output channels that one program of `sum_splits` adds up."""
-
-INTERPRETED = Device(capability=90, multiprocessors=132, shared_bytes=227 * 1024)
-"""The device that tensors on the CPU stand for; only the interpreter sees them."""
-
 
 def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
     """Codes and scales in the layout of `cuda_layout`; one layout for all dtypes."""
@@ -45,18 +39,20 @@ def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
     gather = weight.gather
     if gather is not None:
         gather = torch.nn.functional.pad(gather, (0, missing), value=weight.in_features)
-    bits = weight.container_bits
+    bits, code_type = weight.container_bits, weight.code_type
+    integer = code_type == "int"
     route = "dequantise + cuBLAS" if dtype == torch.float32 else "tensor cores"
     return PackedWeight(
-        codes=pack_codes(weight.codes, bits),
-        scales=pack_scales(weight.scales, weight.zeros, weight.group_size),
+        codes=pack_codes(weight.codes, bits, integer=integer),
+        scales=pack_scales(weight.scales, weight.zeros if integer else None, weight.group_size),
         zeros=None,
         gather=gather,
         bits=bits,
         group_size=weight.group_size,
         in_features=weight.in_features,
         out_features=weight.codes.shape[0],
-        kernel=f"Triton W{bits}A16, {route}",
+        kernel=f"Triton W{bits}A16{'' if integer else f' {code_type.upper()}'}, {route}",
+        code_type=code_type,
     )
 
 
@@ -71,8 +67,9 @@ def linear(
     group_size: int,
     in_features: int,
     out_features: int,
+    code_type: CodeType,
 ) -> Tensor:
-    """y = [x, 0][:, gather] (scales (codes - zeros))^T + bias, accumulated in fp32.
+    """y = [x, 0][:, gather] (scales value(codes))^T + bias, accumulated in fp32.
 
     Args:
         x: float16, bfloat16 or float32 [M, K]. Others as packed by `pack`.
@@ -86,10 +83,11 @@ def linear(
     y = torch.empty(m, out_features, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         if x.dtype == torch.float32 or m >= DENSE_TOKENS:
-            run_dense(inputs, codes, scales, bias, bits, group_size, y)
+            run_dense(inputs, codes, scales, bias, bits, code_type, group_size, y)
         elif m > 0:
-            tile = select_tile(m, out_features, columns, bits, group_size, device_of(x))
-            run_tiled(inputs, codes, scales, bias, bits, group_size, y, tile)
+            shape, book = (m, out_features, columns), code_type in CODE_BOOKS
+            tile = select_tile(*shape, bits, group_size, device_of(x), code_book=book)
+            run_tiled(inputs, codes, scales, bias, bits, code_type, group_size, y, tile)
     return y
 
 
@@ -99,6 +97,7 @@ def run_tiled(
     scales: Tensor,
     bias: Tensor | None,
     bits: int,
+    code_type: CodeType,
     group_size: int,
     y: Tensor,
     tile: TileConfig,
@@ -125,6 +124,7 @@ def run_tiled(
         k_tiles,
         triton.cdiv(k_tiles, tile.splits),
         BITS=bits,
+        CODE=code_type,
         G=group_size,
         BM=tile.block_m,
         BN=tile.block_n,
@@ -135,8 +135,7 @@ def run_tiled(
         enable_fp_fusion=True,
     )
     if split:
-        sums = (triton.cdiv(n, SUM_BLOCK), m)
-        sum_splits[sums](out, bias, y, m, n, tile.splits, BLOCK=SUM_BLOCK, enable_fp_fusion=True)
+        add_splits(out, bias, y)
 
 
 def run_dense(
@@ -145,6 +144,7 @@ def run_dense(
     scales: Tensor,
     bias: Tensor | None,
     bits: int,
+    code_type: CodeType,
     group_size: int,
     y: Tensor,
 ) -> None:
@@ -168,6 +168,7 @@ def run_dense(
             first // TILE_N,
             codes.shape[1],
             BITS=bits,
+            CODE=code_type,
             G=group_size,
             ASM=x.is_cuda,
             num_warps=DENSE_WARPS,
@@ -178,18 +179,3 @@ def run_dense(
             torch.mm(x, transposed, out=out)
         else:
             torch.addmm(bias[first : first + count].to(x.dtype), x, transposed, out=out)
-
-
-def device_of(x: Tensor) -> Device:
-    """The GPU of `x`."""
-    return _cuda_device(x.get_device()) if x.is_cuda else INTERPRETED
-
-
-@functools.cache
-def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    return Device(
-        capability=10 * properties.major + properties.minor,
-        multiprocessors=properties.multi_processor_count,
-        shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-    )

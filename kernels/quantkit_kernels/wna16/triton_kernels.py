@@ -1,10 +1,11 @@
 # ruff: noqa: ANN001, ANN201
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Triton kernels: y^T = W x^T with W dequantised in registers, its reduction, and W itself."""
+"""Triton kernels: y^T = W x^T with W dequantised in registers, and W itself."""
 
 import triton
 import triton.language as tl
 
+from quantkit_kernels.wna16.triton_codes import look_up, unpack_float8
 from quantkit_kernels.wna16.triton_unpack import (
     TILE_K,
     TILE_N,
@@ -22,13 +23,22 @@ from quantkit_kernels.wna16.triton_unpack import (
 
 
 @triton.jit
-def finish(pair, negative_zero, scale, SCALE: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """code - zero exactly; times the scale, rounded, where SCALE."""
-    centred = add_pair(pair, negative_zero, BF16, ASM)
+def finish(
+    pair,
+    negative_zero,
+    scale,
+    CODE: tl.constexpr,
+    SCALE: tl.constexpr,
+    BF16: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """The value, from integers by adding -zero, exactly; times the scale, rounded, where SCALE."""
+    if CODE == "int":
+        pair = add_pair(pair, negative_zero, BF16, ASM)
     if SCALE:
-        return mul_pair(centred, scale, BF16, ASM)
+        return mul_pair(pair, scale, BF16, ASM)
     else:
-        return centred
+        return pair
 
 
 @triton.jit
@@ -48,34 +58,65 @@ def load_groups(
 
 
 @triton.jit
+def spread_scale(
+    groups,
+    FACTOR: tl.constexpr,
+    BITS: tl.constexpr,
+    BN: tl.constexpr,
+    COUNT: tl.constexpr,
+    BF16: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Pairs of FACTOR * scale for words [BN, 4 * BITS], from scale words [BN, COUNT].
+
+    A zero-point in the low byte is too small to matter to the rounding, except of ties.
+    """
+    scale = groups.to(tl.float32, bitcast=True) * FACTOR
+    return spread(make_pair(scale, BF16, ASM), BN, BITS, COUNT)
+
+
+@triton.jit
 def dequantise_tile(
     words,
     even,
     odd,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     BN: tl.constexpr,
     COUNT: tl.constexpr,
     SCALE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BF16: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """(code - zero) [* scale] as 16-bit floats [BN, 128] from words [BN, 4 * BITS]."""
+    """value [* scale] as 16-bit floats [BN, 128] from words [BN, 4 * BITS].
+
+    RESIDUAL: what code books lose to the 16 bits instead.
+    """
+    # E4M3 scales are small: 256 keeps them normal in float16, and saves that product.
+    FOLD: tl.constexpr = SCALE and CODE == "e4m3" and not BF16
+    FACTOR: tl.constexpr = 256.0 if FOLD else 1.0
     zero_even = spread(negative_zero_pair(even, BITS, BF16, ASM), BN, BITS, COUNT)
     zero_odd = spread(negative_zero_pair(odd, BITS, BF16, ASM), BN, BITS, COUNT)
-    # The zero-point in the low byte is too small to matter to the rounding, except of ties.
-    scale_even = spread(make_pair(even.to(tl.float32, bitcast=True), BF16, ASM), BN, BITS, COUNT)
-    scale_odd = spread(make_pair(odd.to(tl.float32, bitcast=True), BF16, ASM), BN, BITS, COUNT)
+    scale_even = spread_scale(even, FACTOR, BITS, BN, COUNT, BF16, ASM)
+    scale_odd = spread_scale(odd, FACTOR, BITS, BN, COUNT, BF16, ASM)
     if BITS == 8:
-        p0, p8 = unpack8(words, BF16, ASM)
-        p0 = finish(p0, zero_even, scale_even, SCALE, BF16, ASM)
-        p8 = finish(p8, zero_even, scale_even, SCALE, BF16, ASM)
+        if CODE == "int":
+            p0, p8 = unpack8(words, BF16, ASM)
+        else:
+            p0, p8 = unpack_float8(words, CODE, BF16, not FOLD, ASM)
+        p0 = finish(p0, zero_even, scale_even, CODE, SCALE, BF16, ASM)
+        p8 = finish(p8, zero_even, scale_even, CODE, SCALE, BF16, ASM)
         return arrange8(p0, p8, BN, BF16)
     else:
-        p0, p16, p8, p24 = unpack4(words, BF16, ASM)
-        p0 = finish(p0, zero_even, scale_even, SCALE, BF16, ASM)
-        p8 = finish(p8, zero_even, scale_even, SCALE, BF16, ASM)
-        p16 = finish(p16, zero_odd, scale_odd, SCALE, BF16, ASM)
-        p24 = finish(p24, zero_odd, scale_odd, SCALE, BF16, ASM)
+        if CODE == "int":
+            p0, p16, p8, p24 = unpack4(words, BF16, ASM)
+        else:
+            p0, p16, p8, p24 = look_up(words, CODE, BF16, RESIDUAL, ASM)
+        p0 = finish(p0, zero_even, scale_even, CODE, SCALE, BF16, ASM)
+        p8 = finish(p8, zero_even, scale_even, CODE, SCALE, BF16, ASM)
+        p16 = finish(p16, zero_odd, scale_odd, CODE, SCALE, BF16, ASM)
+        p24 = finish(p24, zero_odd, scale_odd, CODE, SCALE, BF16, ASM)
         return arrange4(p0, p16, p8, p24, BN, BF16)
 
 
@@ -99,6 +140,7 @@ def wna16_gemm(
     k_tiles,
     split_tiles,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     G: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -106,7 +148,7 @@ def wna16_gemm(
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """out[s, m, n] = sum_{k in s} x[m, k] scale[n, g(k)] (code[n, k] - zero[n, g(k)]) + bias[n].
+    """out[s, m, n] = sum_{k in s} x[m, k] scale[n, g(k)] value(code[n, k]) + bias[n].
 
     Computed transposed, W being the register operand of the tensor cores:
 
@@ -123,6 +165,8 @@ def wna16_gemm(
         bias_ptr: [N] or None.
         out_ptr: [splits, M, N]; float32 if there are several splits.
         split_tiles: k tiles per split, so that no split is empty.
+        CODE: what a code stands for, as in `code_types`. Values of code books are rounded to the
+            type of x.
         STAGES: depth of the load pipeline.
     """
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
@@ -145,14 +189,14 @@ def wna16_gemm(
         words = tl.load(pointers)
         x = tl.load(x_pointers)
         even, odd = load_groups(scales_ptr, k_tile, rows, padded_n, BITS, G, COUNT)
-        w = dequantise_tile(words, even, odd, BITS, BN, COUNT, SCALE, BF16, ASM)
+        w = dequantise_tile(words, even, odd, BITS, CODE, BN, COUNT, SCALE, False, BF16, ASM)
         if not ASM:  # The interpreter has no bfloat16 arithmetic.
             w = w.to(tl.float32)
             x = x.to(tl.float32)
         if SCALE:
             acc = tl.dot(w, x, acc)
         else:
-            acc += tl.dot(w, x) * scale_of(even)
+            acc += tl.dot(w, x) * scale_of(even, CODE)
         pointers += TILE_N * 4 * BITS
         x_pointers += TILE_K
     if bias_ptr is not None:
@@ -160,26 +204,6 @@ def wna16_gemm(
     out = out_ptr + split * M * N + tokens[None, :] * N + rows[:, None]
     inside = (tokens < M)[None, :] & (rows < N)[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["M", "splits"])
-def sum_splits(partial_ptr, bias_ptr, out_ptr, M, N, splits, BLOCK: tl.constexpr):
-    """out[m, n] = sum_s partial[s, m, n] + bias[n], added in the order of s.
-
-    Args:
-        partial_ptr: float32 [splits, M, N].
-        bias_ptr: [N] or None.
-        out_ptr: [M, N].
-    """
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    offsets = tl.program_id(1) * N + columns
-    inside = columns < N
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        total += tl.load(partial_ptr + split * M * N + offsets, mask=inside, other=0.0)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_tile", "k_tiles"])
@@ -191,10 +215,11 @@ def dequantise_rows(
     first_tile,
     k_tiles,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     G: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """out[n, k] = scale[n, g(k)] (code[n, k] - zero[n, g(k)]), in fp32 and rounded once.
+    """out[n, k] = scale[n, g(k)] value(code[n, k]), in fp32 and rounded once.
 
     Programs are (row tile, k tile).
 
@@ -210,9 +235,15 @@ def dequantise_rows(
     padded_n = tl.cdiv(N, 128) * 128
     words = tl.load(code_pointers(codes_ptr, rows, k_tiles, BITS) + k_tile * (TILE_N * 4 * BITS))
     even, odd = load_groups(scales_ptr, k_tile, rows, padded_n, BITS, G, COUNT)
-    centred = dequantise_tile(words, even, odd, BITS, TILE_N, COUNT, False, False, ASM)
+    values = dequantise_tile(
+        words, even, odd, BITS, CODE, TILE_N, COUNT, False, False, False, ASM
+    ).to(tl.float32)
+    if BITS == 4 and CODE != "int":
+        values += dequantise_tile(
+            words, even, odd, BITS, CODE, TILE_N, COUNT, False, True, False, ASM
+        ).to(tl.float32)
     columns = tl.arange(0, TILE_K)
     group_rows = scales_ptr + (k_tile * (TILE_K // G) + columns // G) * padded_n
-    scale = scale_of(tl.load(group_rows[None, :] + rows[:, None]))
+    scale = scale_of(tl.load(group_rows[None, :] + rows[:, None]), CODE)
     out = out_ptr + out_rows[:, None].to(tl.int64) * (k_tiles * TILE_K) + k_tile * TILE_K + columns
-    tl.store(out, (centred.to(tl.float32) * scale).to(out_ptr.dtype.element_ty))
+    tl.store(out, (values * scale).to(out_ptr.dtype.element_ty))

@@ -110,9 +110,11 @@ def encode_half(value, BF16: tl.constexpr):
 
 
 @triton.jit
-def scale_of(word):
+def scale_of(word, CODE: tl.constexpr):
     """fp32 scale of a word of `pack_scales`."""
-    return (word & -256).to(tl.float32, bitcast=True)
+    if CODE == "int":
+        word &= -256
+    return word.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit_kernels.code_types import CodeType, code_values
+from quantkit_kernels.code_types import CODE_BOOKS, FLOAT8_DTYPES, CodeType, code_values
 from quantkit_kernels.quant_math import dequantize_codes
 
 CONTAINER_BITS = (4, 8)
 """Widths in which kernels store codes: 2 to 4 bits in 4, 5 to 8 bits in 8."""
+
+CONTAINER_OF = {**dict.fromkeys(FLOAT8_DTYPES, 8), **dict.fromkeys(CODE_BOOKS, 4)}
+"""Container width of the code types that are not integers."""
 
 GROUP_SIZES = (128, 64, 32, 16)
 """Group sizes that kernels serve, best first."""
@@ -55,7 +58,7 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class UniformWeight:
-    """W[n, k] = scales[n, k // g] * (codes[n, k] - zeros[n, k // g]) over gathered inputs.
+    """W[n, k] = scales[n, k // g] * value(codes[n, k]) over gathered inputs.
 
     Every group has the same size g and K' is a multiple of g, so one kernel serves every
     checkpoint: y = [x, 0][:, gather] W^T.
@@ -69,6 +72,8 @@ class UniformWeight:
         group_size: g, a multiple of 16.
         in_features: K, the channels of x.
         container_bits: 4 or 8.
+        code_type: what a code stands for, as in `QuantizedWeight`. Padding of all but `int` holds
+            a code whose value is 0.
     """
 
     codes: Tensor
@@ -78,6 +83,7 @@ class UniformWeight:
     group_size: int
     in_features: int
     container_bits: int
+    code_type: CodeType = "int"
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class PackedWeight:
     """A weight in the layout of the kernel that will run it; each device module describes its own.
 
     Attributes:
-        codes: integer codes, packed.
+        codes: codes, packed.
         scales: group scales, packed.
         zeros: zero-points, packed; None where the layout holds them elsewhere.
         gather: int32 [K'], as in `UniformWeight`.
@@ -94,6 +100,7 @@ class PackedWeight:
         in_features: K, the channels of x.
         out_features: N, the channels of y.
         kernel: the kernel's name, for the log.
+        code_type: what a code stands for.
     """
 
     codes: Tensor
@@ -105,6 +112,7 @@ class PackedWeight:
     in_features: int
     out_features: int
     kernel: str
+    code_type: CodeType = "int"
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +135,9 @@ def make_uniform(weight: QuantizedWeight) -> UniformWeight:
     columns, groups = _padded_columns(order, counts, group_size)
     in_features = weight.codes.shape[1]
     padding = columns == in_features
-    codes = weight.codes[:, columns.clamp_max(in_features - 1)].masked_fill(padding, 0)
+    codes = weight.codes[:, columns.clamp_max(in_features - 1)].masked_fill(
+        padding, zero_code(weight.code_type)
+    )
     return UniformWeight(
         codes=codes,
         scales=weight.scales[:, groups],
@@ -136,7 +146,13 @@ def make_uniform(weight: QuantizedWeight) -> UniformWeight:
         group_size=group_size,
         in_features=in_features,
         container_bits=4 if weight.bits <= 4 else 8,
+        code_type=weight.code_type,
     )
+
+
+def zero_code(code_type: CodeType) -> int:
+    """A code whose value is 0; of integers, whose zero-points differ, simply 0."""
+    return 0 if code_type == "int" else int((code_values(code_type) == 0).nonzero()[0])
 
 
 def gather_inputs(x: Tensor, gather: Tensor | None, columns: int) -> Tensor:

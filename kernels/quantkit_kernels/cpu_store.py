@@ -1,0 +1,64 @@
+"""LLVM IR that writes a row of results: sums scaled, rounded, stored."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from quantkit_kernels.cpu_arithmetic import VECTORS, Arithmetic
+from quantkit_kernels.cpu_ir import F32, I32, VECTOR_F32, VECTOR_I16, VECTOR_I32, Emitter
+
+
+def build_store(module: ir.Module, arithmetic: Arithmetic) -> ir.Function:
+    """out[n] = sums[n] for a panel, as float32 or bfloat16.
+
+    store(sums, out, x_scale, x_zero, bias, scales, column_sums, out_bf16), all but the last
+    addresses. Integers: out[n] = x_scale scales[n] (sums[n] - x_zero column_sums[n]) + bias[n].
+    """
+    e = Emitter(module, "store", 8)
+    sums, out, x_scale, x_zero, bias, scales, column_sums, out_bf16 = e.args
+    if arithmetic.sums_are_integers:
+        factors = (x_scale, x_zero, bias, scales, column_sums)
+        values = _scaled_integers(e, arithmetic.row_shift, sums, *factors)
+    else:
+        values = [e.load(VECTOR_F32, sums, v) for v in VECTORS]
+    with e.b.if_else(e.is_null(out_bf16)) as (float32, bfloat16):
+        with float32:
+            for value, v in zip(values, VECTORS, strict=True):
+                e.store(value, out, v)
+        with bfloat16:
+            for value, v in zip(values, VECTORS, strict=True):
+                e.store(_to_bf16(e, value), out, v // 2, align=2)
+    e.b.ret_void()
+    return e.function
+
+
+def _scaled_integers(
+    e: Emitter,
+    shift: int,
+    sums: ir.Value,
+    x_scale: ir.Value,
+    x_zero: ir.Value,
+    bias: ir.Value,
+    scales: ir.Value,
+    column_sums: ir.Value,
+) -> list[ir.Value]:
+    """x_scale scales (sums - (x_zero + shift) column_sums) + bias, the difference exact."""
+    zero = e.b.fptosi(e.load(F32, x_zero), I32)
+    offset = e.splat(e.b.add(zero, ir.Constant(I32, shift)))
+    factor = e.splat(e.load(F32, x_scale))
+    values = []
+    for v in VECTORS:
+        excess = e.b.mul(offset, e.load(VECTOR_I32, column_sums, v))
+        whole = e.b.sitofp(e.b.sub(e.load(VECTOR_I32, sums, v), excess), VECTOR_F32)
+        scaled = e.b.fmul(whole, e.load(VECTOR_F32, scales, v))
+        values.append(e.fma(scaled, factor, e.load(VECTOR_F32, bias, v)))
+    return values
+
+
+def _to_bf16(e: Emitter, value: ir.Value) -> ir.Value:
+    """The bits of the nearest bfloat16, half to even; NaN stays NaN."""
+    bits = e.b.bitcast(value, VECTOR_I32)
+    odd = e.b.and_(e.b.lshr(bits, e.words(16)), e.words(1))
+    rounded = e.b.lshr(e.b.add(bits, e.b.add(odd, e.words(0x7FFF))), e.words(16))
+    is_nan = e.b.fcmp_unordered("uno", value, value)
+    return e.b.trunc(e.b.select(is_nan, e.words(0x7FC0), rounded), VECTOR_I16)

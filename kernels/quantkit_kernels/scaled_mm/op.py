@@ -1,0 +1,188 @@
+"""`quantkit::scaled_linear`: schema, fake, argument checks and one implementation per device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels.act_quant.rows import RowCode, RowQuantizer
+from quantkit_kernels.scaled_mm.weights import (
+    ScaledWeight,
+    check_codes,
+    check_groups,
+    check_weight,
+)
+from quantkit_kernels.wna16.weights import QuantizedWeight
+
+OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+torch.library.define(
+    "quantkit::scaled_linear",
+    "(Tensor rows, Tensor codes, Tensor scales, Tensor? sums, Tensor? bias, str code_type, "
+    "str row_code, int row_group, int group_size, int in_features, int out_features, "
+    "ScalarType dtype) -> Tensor",
+)
+
+
+def pack_scaled(
+    weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype
+) -> ScaledWeight:
+    """Lay `weight` out for the kernel of the device it lies on.
+
+    Args:
+        weight: N x K, 8-bit codes; integers with zero-point 128 and one scale per output channel,
+            or E4M3 or E5M2 with one scale per output channel or per group of it.
+        quantizer: how the rows it will multiply are quantised.
+        dtype: of the results: float16, bfloat16 or float32.
+
+    Raises:
+        ValueError: the dtype is none of these, or weight and rows are not served together.
+    """
+    _check_dtype(dtype)
+    check_weight(weight, quantizer)
+    packed: ScaledWeight = _backend(weight.codes.device.type).pack(weight, quantizer, dtype)
+    return packed
+
+
+def scaled_linear(
+    rows: Tensor, weight: ScaledWeight, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """y[m, n] = sum_k sx[m, gx(k)] (xq[m, k] - zx[m]) sw[n, gw(k)] value(codes[n, k]) + bias[n].
+
+    Args:
+        rows: uint8 [..., stride], as `weight.quantizer` lays them out.
+        weight: packed for the device of `rows`.
+        dtype: of the result: float16, bfloat16 or float32.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in `dtype`.
+    """
+    y: Tensor = torch.ops.quantkit.scaled_linear(
+        rows,
+        weight.codes,
+        weight.scales,
+        weight.sums,
+        bias,
+        weight.code_type,
+        weight.quantizer.code,
+        weight.quantizer.group_size,
+        weight.group_size,
+        weight.in_features,
+        weight.out_features,
+        dtype,
+    )
+    return y
+
+
+@torch.library.register_fake("quantkit::scaled_linear")
+def _fake(
+    rows: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    sums: Tensor | None,
+    bias: Tensor | None,
+    code_type: str,
+    row_code: str,
+    row_group: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    kinds, sizes = (code_type, row_code, row_group), (group_size, in_features, out_features)
+    check_arguments(rows, bias, *kinds, *sizes, dtype)
+    return rows.new_empty(*rows.shape[:-1], out_features, dtype=dtype)
+
+
+def check_arguments(
+    rows: Tensor,
+    bias: Tensor | None,
+    code_type: str,
+    row_code: str,
+    row_group: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+) -> None:
+    """Refuse what no kernel can run, naming the value.
+
+    Raises:
+        ValueError: rows, bias, dtype or code types do not fit the weight or each other.
+    """
+    stride = _row_stride(code_type, row_code, row_group, group_size, in_features)
+    if rows.dtype != torch.uint8:
+        raise ValueError(f"rows are {rows.dtype}, expected torch.uint8 from the row quantiser")
+    if rows.shape[-1] != stride:
+        raise ValueError(
+            f"rows have {rows.shape[-1]} bytes, but {in_features} channels take {stride}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out_features},)")
+    _check_dtype(dtype)
+
+
+@lru_cache(maxsize=1024)
+def _row_stride(
+    code_type: str, row_code: str, row_group: int, group_size: int, in_features: int
+) -> int:
+    """Bytes of a row, if rows and weight are served together."""
+    check_codes(code_type, row_code)
+    quantizer = RowQuantizer(cast("RowCode", row_code), row_group)
+    check_groups(quantizer, in_features, group_size)
+    return quantizer.layout(in_features).stride
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in OUTPUT_DTYPES:
+        raise ValueError(f"results of {dtype} are not served; use one of {OUTPUT_DTYPES}")
+
+
+def _backend(device_type: str) -> ModuleType:
+    """The module that packs for and runs on a kind of device; imported when first needed."""
+    if device_type == "cpu":
+        from quantkit_kernels.scaled_mm import cpu
+
+        return cpu
+    if device_type == "cuda":
+        from quantkit_kernels.scaled_mm import triton
+
+        return triton
+    from quantkit_kernels.scaled_mm import generic
+
+    return generic
+
+
+def _implementation(device_type: str) -> Callable[..., Tensor]:
+    def run(
+        rows: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        sums: Tensor | None,
+        bias: Tensor | None,
+        code_type: str,
+        row_code: str,
+        row_group: int,
+        group_size: int,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        kinds, sizes = (code_type, row_code, row_group), (group_size, in_features, out_features)
+        check_arguments(rows, bias, *kinds, *sizes, dtype)
+        flat = rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
+        linear = _backend(device_type).linear
+        y: Tensor = linear(flat, codes, scales, sums, bias, *kinds, *sizes, dtype)
+        return y if rows.dim() == 2 else y.reshape(*rows.shape[:-1], out_features)
+
+    return run
+
+
+for _device_type, _dispatch in (("cpu", "cpu"), ("cuda", "cuda"), ("generic", "default")):
+    torch.library.impl("quantkit::scaled_linear", _dispatch, _implementation(_device_type))

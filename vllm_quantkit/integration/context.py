@@ -1,0 +1,108 @@
+"""What the layers of one model share while it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from vllm.logger import init_logger
+
+from quantkit_kernels.wna16 import QuantizedWeight
+from vllm_quantkit.errors import ConfigError
+from vllm_quantkit.integration import compat
+from vllm_quantkit.integration.blocks import DecoderLayers
+from vllm_quantkit.integration.fusion import fuse
+from vllm_quantkit.integration.names import LayerNames
+from vllm_quantkit.integration.report import LoadReport
+from vllm_quantkit.integration.smoothing import Smoothing
+from vllm_quantkit.options import Options
+from vllm_quantkit.quantize.activation_stats import read_activation_stats
+from vllm_quantkit.schemes import Method
+
+logger = init_logger("vllm.quantkit")
+
+HOW_TO_SMOOTH = (
+    "activations are quantised as they are: smoothing needs the largest input of every channel. "
+    "Collect it with `python -m vllm_quantkit.quantize.activation_stats MODEL TEXT --out FILE` and "
+    'pass --additional-config \'{"quantkit": {"activation_stats": "FILE"}}\'.'
+)
+
+
+class LoadContext:
+    """Statistics, smoothing, decoder layers and report: a `loading.Surroundings`.
+
+    Attributes:
+        report: counts layers and speaks at the end.
+    """
+
+    def __init__(
+        self, method: type[Method], options: Options, names: LayerNames, report: LoadReport
+    ) -> None:
+        self.report = report
+        self._names = names
+        self._layers = DecoderLayers()
+        self._layers.watch()
+        stats = options.activation_stats
+        self._stats = read_activation_stats(stats) if stats is not None else {}
+        self._smoothing: Smoothing | None = None
+        if method.smooths and report.at_load:
+            self._prepare_smoothing(options)
+
+    def companions(self, partition: str) -> Mapping[str, Tensor]:
+        """The stored tensors of a checkpoint layer, by their names behind the layer's."""
+        return self._names.tensors(partition)
+
+    def smoothing(self, prefix: str, partitions: tuple[str, ...]) -> Tensor | None:
+        """float32 [K]: what the weight's input channels are multiplied by, if by anything."""
+        if self._smoothing is None:
+            return None
+        return self._smoothing.factors(prefix, partitions)
+
+    def largest_inputs(self, partitions: tuple[str, ...]) -> Tensor | None:
+        """float32 [K], the largest |x| of each input channel, where statistics are given."""
+        stored = [self._names.checkpoint_name(name) or name for name in partitions]
+        known = [self._stats[name] for name in stored if name in self._stats]
+        return None if not known else max_of(known)
+
+    def arrived(self, label: str, weight: Tensor, quantized: QuantizedWeight, error: float) -> None:
+        """A 16-bit weight was quantised."""
+        made = (quantized.codes, quantized.scales, quantized.zeros)
+        bits = quantized.codes.numel() * quantized.bits // 8
+        self.report.memory.arrived(weight.nbytes, bits + sum(t.nbytes for t in made[1:]))
+        self.report.quantised(label, error)
+
+    def ready(self, prefix: str, kernel: str) -> None:
+        """A layer is packed; after the last one the model is completed and loading summarised."""
+        self.report.ready(prefix, kernel, self._finish)
+
+    def _prepare_smoothing(self, options: Options) -> None:
+        if not self._stats:
+            logger.warning("%s: %s", self.report.method, HOW_TO_SMOOTH)
+            return
+        if compat.serves_lora():
+            raise ConfigError(
+                "activation_stats smooths the model, which changes what adapters read; start "
+                "without --enable-lora, or without activation_stats."
+            )
+        self._smoothing = Smoothing(self._stats, options.smoothing, self._names, self._layers)
+
+    def _finish(self) -> str:
+        """Fold the smoothing into the norms, and let norms quantise for the layers behind them."""
+        self._layers.stop()
+        did = []
+        if self._smoothing is not None:
+            self._smoothing.fold()
+            did.append(f"smoothed {self._smoothing.smoothed} layers, folded into their norms")
+        # An adapter needs the 16-bit input as well.
+        fused = 0 if compat.serves_lora() else fuse(self._layers)
+        if fused:
+            did.append(f"{fused} norms and activations quantise for the layer behind them")
+        return "; ".join(did) + "." if did else ""
+
+
+def max_of(tensors: list[Tensor]) -> Tensor:
+    """The largest of each element."""
+    largest = tensors[0]
+    for tensor in tensors[1:]:
+        largest = largest.maximum(tensor)
+    return largest
