@@ -1,8 +1,8 @@
-"""Speed of 4- and 8-bit linear layers on a CPU, next to bfloat16 and to other int4 kernels.
+"""Speed of quantised linear layers on a CPU, next to bfloat16 and to other people's kernels.
 
     python -m benchmarks.cpu_linear --rows 1,4,16,64,256,512 --json results.json
 
-Every contender must first agree with the reference. Contenders then take turns; each turn runs
+Every contender must first agree with its reference. Contenders then take turns; each turn runs
 through different weights, so that weights come from memory as they do in a model. With one thread
 the clock is the thread's CPU time, which other processes on the machine disturb least.
 """
@@ -20,34 +20,52 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import peers
+from benchmarks.linear_contenders import (
+    ATEN,
+    BF16,
+    FP8,
+    FP8_BLOCK,
+    GROUP_SIZE,
+    INT4,
+    INT4_ASYMMETRIC,
+    LLM_INT8,
+    NF4,
+    SIZE,
+    VLLM,
+    VLLM_W8A8,
+    W8A8,
+    W8A16,
+    WEIGHTS,
+    Contender,
+    check,
+    contenders,
+    random_inputs,
+)
 from benchmarks.machine import describe_machine
 from benchmarks.peers import Linear
-from quantkit_kernels.wna16 import QuantizedWeight, pack_weight, reference_linear, wna16_linear
 
-SIZE, GROUP_SIZE, WEIGHTS = 4096, 128, 10
 ROWS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256, 512)
 ROUNDS = 11
 FEW_ROWS = 16
 """Up to here a turn goes through all weights, above it through two."""
 
-OURS, OURS_ASYMMETRIC, OURS_INT8 = "ours int4", "ours int4 asym", "ours int8"
-BF16, ATEN, VLLM = "bf16", "ATen int4", "vLLM int4"
-BYTES_PER_WEIGHT = {OURS: 0.5 + 4 / 128, OURS_ASYMMETRIC: 0.5 + 5 / 128, OURS_INT8: 1 + 4 / 128}
+TABLES = {
+    "4-bit weights, 16-bit activations": (INT4, INT4_ASYMMETRIC, NF4, ATEN, VLLM),
+    "8-bit weights; activations in 8 bits, quantised by each call, but for W8A16": (
+        W8A8, VLLM_W8A8, LLM_INT8, FP8, FP8_BLOCK, W8A16,
+    ),
+}  # fmt: skip
+"""Title to the contenders in each table."""
 
-MAX_ERROR = {BF16: 4e-3, ATEN: 4e-3, VLLM: 6e-3}
-"""Relative to the norm of y: weights, scales and y rounded to bfloat16."""
-OUR_MAX_ERROR = 2e-3
-"""The same with y alone rounded."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One implementation over several weights, with what the first weight means."""
-
-    name: str
-    layers: list[Linear]
-    first: QuantizedWeight
+BYTES_PER_WEIGHT = {
+    INT4: 0.5 + 4 / GROUP_SIZE,
+    INT4_ASYMMETRIC: 0.5 + 5 / GROUP_SIZE,
+    NF4: 0.5 + 4 / GROUP_SIZE,
+    W8A16: 1 + 4 / GROUP_SIZE,
+    FP8_BLOCK: 1 + 4 / GROUP_SIZE,
+    W8A8: 1 + 8 / SIZE,
+    FP8: 1 + 4 / SIZE,
+}
 
 
 @dataclass(frozen=True)
@@ -57,88 +75,23 @@ class Row:
     rows: int
     milliseconds: dict[str, float]
 
-    def speedup(self, name: str, over: str) -> float:
-        """How many times faster `name` is than `over`."""
-        return self.milliseconds[over] / self.milliseconds[name]
+    def speedup(self, name: str) -> float:
+        """How many times faster than bfloat16."""
+        return self.milliseconds[BF16] / self.milliseconds[name]
 
-    @property
-    def best_peer(self) -> str:
-        """The faster of the other int4 kernels."""
-        return min(self.milliseconds.keys() & {ATEN, VLLM}, key=self.milliseconds.__getitem__)
+    def gigabytes_per_second(self, name: str) -> float:
+        """Weights and scales read."""
+        return SIZE * SIZE * BYTES_PER_WEIGHT[name] / self.milliseconds[name] / 1e6
 
-
-def random_weight(bits: int, symmetric: bool, seed: int) -> QuantizedWeight:
-    """A 4096 x 4096 weight in groups of 128."""
-    generator = torch.Generator().manual_seed(seed)
-    shape, groups = (SIZE, SIZE), (SIZE, SIZE // GROUP_SIZE)
-    zeros = torch.randint(0, 2**bits, groups, dtype=torch.uint8, generator=generator)
-    return QuantizedWeight(
-        codes=torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator),
-        scales=torch.rand(groups, generator=generator) * 0.02 + 1e-3,
-        zeros=torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros,
-        group_index=(torch.arange(SIZE) // GROUP_SIZE).int(),
-        bits=bits,
-    )
-
-
-def bf16_linear(weight: QuantizedWeight) -> Linear:
-    """F.linear with the dequantised weight."""
-    dense = weight.dequantize().bfloat16()
-    return lambda x: torch.nn.functional.linear(x, dense)
-
-
-def our_linear(weight: QuantizedWeight) -> Linear:
-    """The op under test."""
-    packed = pack_weight(weight, torch.bfloat16)
-    return lambda x: wna16_linear(x, packed)
-
-
-def contend(
-    name: str, make: Callable[[QuantizedWeight], Linear], bits: int, symmetric: bool
-) -> Contender:
-    """The same kernel over `WEIGHTS` different weights."""
-    weights = (random_weight(bits, symmetric, seed) for seed in range(WEIGHTS))
-    layers = [make(weight) for weight in weights]
-    return Contender(name, layers, random_weight(bits, symmetric, 0))
-
-
-def contenders() -> list[Contender]:
-    """All that can run here; says which cannot, and why."""
-    found = [contend(BF16, bf16_linear, 4, True), contend(ATEN, peers.aten_int4, 4, True)]
-    try:
-        found.append(contend(VLLM, peers.vllm_int4, 4, True))
-    except ImportError as error:
-        print(f"vLLM is left out: {error}.")
-    return [
-        *found,
-        contend(OURS, our_linear, 4, True),
-        contend(OURS_ASYMMETRIC, our_linear, 4, False),
-        contend(OURS_INT8, our_linear, 8, True),
-    ]
-
-
-def check(contender: Contender) -> float:
-    """The relative error of the first layer, at several numbers of rows.
-
-    Raises:
-        ValueError: it is above the limit.
-    """
-    limit = MAX_ERROR.get(contender.name, OUR_MAX_ERROR)
-    worst = 0.0
-    for rows in (1, 13, 70):
-        x = torch.randn(rows, SIZE).bfloat16()
-        expected = reference_linear(x, contender.first)
-        error = (contender.layers[0](x).float() - expected).norm() / expected.norm()
-        worst = max(worst, float(error))
-    if not worst <= limit:
-        raise ValueError(f"{contender.name} is off by {worst:.1e} of y, more than {limit:.0e}")
-    return worst
+    def gigaflops(self, name: str) -> float:
+        """Multiplications and additions, in 10**9 a second."""
+        return 2 * self.rows * SIZE * SIZE / self.milliseconds[name] / 1e6
 
 
 def measure(field: list[Contender], rows: int) -> Row:
     """Median milliseconds per call of each contender."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    x = torch.randn(rows, SIZE).bfloat16()
+    x = random_inputs(rows)
     calls = WEIGHTS if rows <= FEW_ROWS else 2
     taken: dict[str, list[float]] = {contender.name: [] for contender in field}
     for turn in range(ROUNDS):
@@ -155,52 +108,58 @@ def _time(layers: list[Linear], x: Tensor, clock: Callable[[], float]) -> float:
     return clock() - start
 
 
-def table(results: list[Row]) -> str:
-    """Milliseconds, then speed and ratios, as Markdown."""
-    names = list(results[0].milliseconds)
-    head = ["rows", *(f"{name}, ms" for name in names), "int4 GB/s", "int4 GFLOP/s"]
-    head += ["int4 / bf16", "int4 / best int4 peer", "int8 / bf16"]
-    has_vllm = VLLM in names
-    head += ["int4 / vLLM int4"] if has_vllm else []
+def table(results: list[Row], names: tuple[str, ...]) -> str:
+    """Milliseconds and speed-ups over bfloat16, then rates of the first name, as Markdown."""
+    present = [name for name in names if name in results[0].milliseconds]
+    head = ["rows", "bf16, ms", *(f"{name}, ms" for name in present)]
+    head += [f"{name} / bf16" for name in present]
+    rated = [name for name in present if name in BYTES_PER_WEIGHT][:1]
+    head += [f"{name} {unit}" for name in rated for unit in ("GB/s", "GFLOP/s")]
     lines = [head, ["---"] * len(head)]
     for row in results:
-        seconds = row.milliseconds[OURS] / 1e3
-        cells = [str(row.rows), *(f"{row.milliseconds[name]:.2f}" for name in names)]
-        cells.append(f"{SIZE * SIZE * BYTES_PER_WEIGHT[OURS] / seconds / 1e9:.1f}")
-        cells.append(f"{2 * row.rows * SIZE * SIZE / seconds / 1e9:.0f}")
-        cells += [f"{row.speedup(OURS, over=peer):.2f}" for peer in (BF16, row.best_peer)]
-        cells.append(f"{row.speedup(OURS_INT8, over=BF16):.2f}")
-        cells += [f"{row.speedup(OURS, over=VLLM):.2f}"] if has_vllm else []
+        cells = [str(row.rows)]
+        cells += [f"{row.milliseconds[name]:.2f}" for name in (BF16, *present)]
+        cells += [f"{row.speedup(name):.2f}" for name in present]
+        for name in rated:
+            cells += [f"{row.gigabytes_per_second(name):.1f}", f"{row.gigaflops(name):.0f}"]
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def record(results: list[Row], errors: dict[str, float], threads: int) -> dict[str, object]:
+    """Everything that was measured, and where."""
+    return {
+        "machine": describe_machine(),
+        "shape": [SIZE, SIZE],
+        "group_size": GROUP_SIZE,
+        "clock": "CPU time of the thread" if threads == 1 else "wall time",
+        "relative_error": errors,
+        "results": [asdict(row) for row in results],
+    }
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows of x, by commas")
+    parser.add_argument("--only", default="", help="names of contenders, by commas; bf16 is added")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
-    field = contenders()
+    field = contenders([BF16, *options.only.split(",")] if options.only else [])
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     errors = {contender.name: check(contender) for contender in field}
     print(f"{describe_machine()}. {SIZE} x {SIZE}, groups of {GROUP_SIZE}, bfloat16 activations.")
     print("Relative error: " + ", ".join(f"{name} {e:.1e}" for name, e in errors.items()) + ".")
     results = [measure(field, int(rows)) for rows in options.rows.split(",")]
-    print(table(results))
+    for title, names in TABLES.items():
+        if any(name in errors for name in names):
+            print(f"\n{title}:\n\n{table(results, names)}")
     if options.json:
-        record = {
-            "machine": describe_machine(),
-            "shape": [SIZE, SIZE],
-            "group_size": GROUP_SIZE,
-            "clock": "CPU time of the thread" if options.threads == 1 else "wall time",
-            "relative_error": errors,
-            "results": [asdict(row) for row in results],
-        }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        numbers = record(results, errors, options.threads)
+        options.json.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,14 +51,20 @@ def start(spec: dict[str, Any]) -> Any:
     )
 
 
-def score(engine: Any, prompts: list[list[int]]) -> list[list[float]]:
-    """log p(token | tokens before it) for every token but the first of each prompt."""
+def score(
+    engine: Any, prompts: list[list[int]], adapter: str | None = None
+) -> list[list[float]]:
+    """log p(token | tokens before it) for every token but the first of each prompt.
+
+    With the LoRA adapter in folder `adapter`, if one is given.
+    """
     from vllm import SamplingParams
 
     outputs = engine.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
         use_tqdm=False,
+        lora_request=lora_request(adapter),
     )
     return [
         [
@@ -69,6 +75,13 @@ def score(engine: Any, prompts: list[list[int]]) -> list[list[float]]:
         ]
         for output in outputs
     ]
+
+
+def lora_request(adapter: str | None) -> Any:
+    """vLLM's request for the adapter in folder `adapter`, always under the same number."""
+    from vllm.lora.request import LoRARequest
+
+    return None if adapter is None else LoRARequest("adapter", 1, adapter)
 
 
 def generate(engine: Any, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:

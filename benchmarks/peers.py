@@ -1,4 +1,4 @@
-"""Other implementations of a linear layer with 4-bit weights, for comparison only."""
+"""Other implementations of a quantised linear layer, for comparison only."""
 
 from __future__ import annotations
 
@@ -61,5 +61,24 @@ def vllm_int4(weight: QuantizedWeight) -> Linear:
 
     def linear(x: Tensor) -> Tensor:
         return ops.cpu_gemm_wna16(x, packed, scales, None, None, 8, hint)
+
+    return linear
+
+
+def vllm_int8(weight: QuantizedWeight) -> Linear:
+    """vLLM's oneDNN product for int8 weights and activations, quantised by each call.
+
+    Raises:
+        ImportError: see `load_vllm`.
+    """
+    ops = load_vllm()
+    signed = (weight.codes.to(torch.int16) - 128).to(torch.int8)
+    scales = weight.scales.T.contiguous()
+    handler = ops.create_onednn_scaled_mm(signed.T, scales, torch.bfloat16, True, False, 32)
+
+    def linear(x: Tensor) -> Tensor:
+        codes, row_scales, _ = ops.onednn_scaled_int8_quant(x)
+        y = torch.empty(x.shape[0], weight.codes.shape[0], dtype=x.dtype)
+        return ops.onednn_scaled_mm(handler, codes, y, row_scales, None, None, None)
 
     return linear

@@ -62,6 +62,13 @@ class Arithmetic:
         return CHANNELS[self.unit]
 
     @property
+    def direct_rows(self) -> int:
+        """Most rows multiplied by codes as registers unpack them, beside tables of bytes."""
+        if self.unit != "bf16" or self.bits != 8 or not self.byte_tables:
+            return self.max_rows
+        return 8 if self.code_type == "int" else 9
+
+    @property
     def sums_are_integers(self) -> bool:
         """Rows and weights are integers: their product is summed in 32-bit integers."""
         return self.row_code == "int8"

@@ -110,7 +110,7 @@ class Codes:
         if a.bits == 4:
             tables = _halves_tables(a)
             return [[self._look_up(e, word, step, table) for table in tables] for step in steps]
-        if a.code_type in FLOAT8_DTYPES and a.byte_tables:
+        if a.byte_tables:
             return [[pair] for pair in _look_up_bytes(e, word, a.code_type)]
         return [[self._convert(e, word, step)] for step in steps]
 
@@ -189,16 +189,12 @@ def _halves_tables(arithmetic: Arithmetic) -> list[ir.Constant]:
 
 
 def _look_up_bytes(e: Emitter, word: ir.Value, code_type: CodeType) -> Sequence[ir.Value]:
-    """The two pairs of bfloat16 of a word's four 8-bit floats.
-
-    Tables of 128 bytes give the lower and the upper byte of a magnitude; the lookup ignores the
-    sign, which is then added.
-    """
-    bits = [bf16_bits(value) for value in code_values(code_type)[:128].tolist()]
+    """The two pairs of bfloat16 of a word's four 8-bit codes."""
     index = e.b.bitcast(word, BYTES)
-    low, high = (_permute(e, [b >> shift & 0xFF for b in bits], index) for shift in (0, 8))
-    sign = e.b.and_(index, ir.Constant(BYTES, [-128] * 4 * LANES))
-    lows, highs = (e.b.bitcast(v, HALVES) for v in (low, e.b.or_(high, sign)))
+    low, high = (
+        _integer_bytes(e, index) if code_type == "int" else _float_bytes(e, index, code_type)
+    )
+    lows, highs = (e.b.bitcast(value, HALVES) for value in (low, high))
     eight, lower, upper = (
         ir.Constant(HALVES, [value] * 2 * LANES) for value in (8, 0x00FF, 0xFF00)
     )
@@ -207,8 +203,28 @@ def _look_up_bytes(e: Emitter, word: ir.Value, code_type: CodeType) -> Sequence[
     return [e.b.bitcast(pair, VECTOR_F32) for pair in (first, second)]
 
 
-def _permute(e: Emitter, table: list[int], index: ir.Value) -> ir.Value:
-    """table[index mod 128] for 64 bytes."""
+def _float_bytes(e: Emitter, index: ir.Value, code_type: CodeType) -> list[ir.Value]:
+    """Lower and upper byte of 8-bit floats: those of their magnitudes, and the sign."""
+    bits = [bf16_bits(value) for value in code_values(code_type)[:128].tolist()]
+    low, high = (_permute(e, bits, shift, index) for shift in (0, 8))
+    sign = e.b.and_(index, ir.Constant(BYTES, [-128] * 4 * LANES))
+    return [low, e.b.or_(high, sign)]
+
+
+def _integer_bytes(e: Emitter, index: ir.Value) -> list[ir.Value]:
+    """Lower and upper byte of integers: from one table or, below 0, another."""
+    positive = [bf16_bits(value) for value in range(128)]
+    negative = [bf16_bits(value - 128) for value in range(128)]
+    is_negative = e.b.icmp_signed("<", index, ir.Constant(BYTES, [0] * 4 * LANES))
+    return [
+        e.b.select(is_negative, *(_permute(e, bits, shift, index) for bits in (negative, positive)))
+        for shift in (0, 8)
+    ]
+
+
+def _permute(e: Emitter, bits: list[int], shift: int, index: ir.Value) -> ir.Value:
+    """The byte at bit `shift` of bits[index mod 128], for 64 indices."""
+    table = [number >> shift & 0xFF for number in bits]
     lower, upper = (ir.Constant(BYTES, part) for part in (table[:64], table[64:]))
     return e.call("llvm.x86.avx512.vpermi2var.qi.512", BYTES, lower, index, upper)
 

@@ -91,7 +91,8 @@ def _inner_functions(module: ir.Module, arithmetic: Arithmetic) -> _Inner:
         }
         return _Inner(few, few, None, store)
     codes = Codes(arithmetic)
-    few = {r: build_multiply(module, arithmetic, r, codes) for r in range(1, most + 1)}
+    direct = range(1, arithmetic.direct_rows + 1)
+    few = {r: build_multiply(module, arithmetic, r, codes) for r in direct}
     many = {r: build_multiply(module, arithmetic, r, Tile(arithmetic)) for r in halves}
     return _Inner(few, many, build_unpack(module, codes), store)
 

@@ -1,18 +1,15 @@
 """bitsandbytes: an encoder written here from the format's definition, and what we read of it."""
 
-import json
-
 import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
 from quantkit_kernels.code_types import code_values
+from tests.bitsandbytes_encoder import BLOCK, NESTED_BLOCK, as_bytes, encode
 from vllm_quantkit.errors import CheckpointError, UnsupportedScheme
 from vllm_quantkit.formats import Role
 from vllm_quantkit.formats import bitsandbytes as fmt
 from vllm_quantkit.spec import ActivationSpec, LayerShape, SchemeSpec, WeightSpec
-
-BLOCK, NESTED_BLOCK = 64, 256
 
 LLM_INT8 = {
     "_load_in_4bit": False,
@@ -126,47 +123,6 @@ def test_only_rows_in_order_are_served():
     assert int(mark.decode(torch.tensor(0, dtype=torch.uint8))) == 0
     with pytest.raises(ValueError, match="weight_format 2 is a layout"):
         mark.decode(torch.tensor([2], dtype=torch.uint8))
-
-
-def nested_map():
-    """Any 256 ordered values: 8-bit scales are read through the map that is stored."""
-    return torch.linspace(-1, 1, 256).sign() * torch.linspace(-1, 1, 256).square()
-
-
-def encode(weight, code_type, *, double, block=BLOCK):
-    """The tensors of a layer, and the weight that they stand for, computed on the way."""
-    N, K = weight.shape
-    book = code_values(code_type)
-    blocks = weight.reshape(-1, block)
-    absmax = blocks.abs().amax(1)
-    codes = ((blocks / absmax[:, None])[..., None] - book).abs().argmin(-1)
-    state = {"quant_type": code_type, "blocksize": block, "dtype": "bfloat16", "shape": [N, K]}
-    stored = {"weight.quant_map": book, "weight.absmax": absmax}
-    if double:
-        offset = float(absmax.mean())
-        pieces = (absmax - offset).split(NESTED_BLOCK)
-        maxima = torch.stack([piece.abs().max() for piece in pieces])
-        small = [
-            ((piece / top)[:, None] - nested_map()).abs().argmin(1)
-            for piece, top in zip(pieces, maxima, strict=True)
-        ]
-        absmax = torch.cat(
-            [nested_map()[i] * top + offset for i, top in zip(small, maxima, strict=True)]
-        )
-        stored["weight.absmax"] = torch.cat(small).to(torch.uint8)
-        stored["weight.nested_absmax"] = maxima
-        stored["weight.nested_quant_map"] = nested_map()
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_offset": offset}
-        state |= {"nested_dtype": "float32"}
-    flat = codes.flatten().tolist()
-    pairs = [16 * first + second for first, second in zip(flat[::2], flat[1::2], strict=True)]
-    stored["weight"] = torch.tensor(pairs, dtype=torch.uint8)[:, None]
-    stored[f"weight.quant_state.bitsandbytes__{code_type}"] = as_bytes(state)
-    return stored, (book[codes] * absmax[:, None]).reshape(N, K)
-
-
-def as_bytes(state):
-    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
 def assembled(stored, shape, code_type="nf4"):

@@ -14,7 +14,7 @@ import traceback
 from importlib import import_module
 from typing import Any
 
-from benchmarks.engine_worker import claim_stdout, generate, score, send, start
+from benchmarks.engine_worker import claim_stdout, generate, lora_request, score, send, start
 from tests.reference_model import layer_input
 
 SHARED = (
@@ -80,17 +80,34 @@ def reload_weights(engine: Any) -> None:
     engine.collective_rpc("reload_weights")
 
 
-def multiply(engine: Any, layers: list[str], rows: int) -> list[list[list[float]]]:
-    """What each linear layer of the model, by its name in vLLM, makes of `layer_input`."""
+def multiply(
+    engine: Any, layers: list[str], rows: int, adapter: str | None = None
+) -> list[list[list[float]]]:
+    """What each linear layer of the model, by its name in vLLM, makes of `layer_input`.
+
+    With the LoRA adapter in folder `adapter`, if one is given.
+    """
 
     def run(worker: Any) -> list[list[list[float]]]:
         model = worker.model_runner.get_model()
+        if hasattr(worker.model_runner, "lora_manager"):
+            activate(worker, adapter, rows)
         modules = [model.get_submodule(name) for name in layers]
         inputs = [layer_input(rows, module.input_size) for module in modules]
         return [module(x)[0].tolist() for module, x in zip(modules, inputs, strict=True)]
 
     (outputs,) = engine.collective_rpc(run)
     return outputs
+
+
+def activate(worker: Any, adapter: str | None, rows: int) -> None:
+    """Let the next `rows` rows that a layer is given belong to one prompt with `adapter`."""
+    from vllm.lora.layers import LoRAMapping
+
+    request = lora_request(adapter)
+    number = 0 if request is None else request.lora_int_id
+    mapping = LoRAMapping((number,) * rows, (number,), is_prefill=True)
+    worker.model_runner.lora_manager.set_active_adapters({request} - {None}, mapping)
 
 
 OPERATIONS = {

@@ -16,12 +16,12 @@ Both hold the same weights and only the order of sums differs, which makes 2e-6 
 group's zero-points off by one in one layer of 8 bits make 1e-2.
 """
 
-FLIPPED_TOLERANCE = 0.1
+FLIPPED_TOLERANCE = 0.2
 """The same where activations are quantised.
 
 Values next to a rounding boundary fall on the other side after the last bit of a sum changed; that
 moves later values over other boundaries, so that scores drift apart by up to the noise that the
-quantisation makes anyway: 0.03 here. A wrong scale or zero-point makes more than 0.5. That layers
+quantisation makes anyway: 0.03 to 0.11 here. A wrong scale or zero-point makes more than 0.5. That layers
 compute exactly what they mean is checked layer by layer, on equal inputs.
 """
 
@@ -59,19 +59,22 @@ def token_scores(model: nn.Module, token_lists: list[list[int]]) -> Scores:
 
 def assert_same_scores(found: Scores, expected: Scores) -> None:
     """Token by token within `MEAN_TOLERANCE`, perplexity within `PERPLEXITY_TOLERANCE`."""
-    assert [len(scores) for scores in found] == [len(scores) for scores in expected]
-    pairs = [pair for rows in zip(found, expected, strict=True) for pair in zip(*rows, strict=True)]
-    mean = sum(abs(a - b) for a, b in pairs) / len(pairs)
+    mean = mean_difference(found, expected)
     assert mean <= MEAN_TOLERANCE, f"log-probabilities differ by {mean:.2e} on average"
     assert abs(perplexity(found) / perplexity(expected) - 1) <= PERPLEXITY_TOLERANCE
 
 
 def assert_similar_scores(found: Scores, expected: Scores) -> None:
     """Token by token within `FLIPPED_TOLERANCE` on average."""
+    mean = mean_difference(found, expected)
+    assert mean <= FLIPPED_TOLERANCE, f"log-probabilities differ by {mean:.2e} on average"
+
+
+def mean_difference(found: Scores, expected: Scores) -> float:
+    """The mean |difference| of the scores of the same tokens."""
     assert [len(scores) for scores in found] == [len(scores) for scores in expected]
     pairs = [pair for rows in zip(found, expected, strict=True) for pair in zip(*rows, strict=True)]
-    mean = sum(abs(a - b) for a, b in pairs) / len(pairs)
-    assert mean <= FLIPPED_TOLERANCE, f"log-probabilities differ by {mean:.2e} on average"
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
 
 def perplexity(scores: Scores) -> float:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.integration.engines import EngineHost
+from tests.integration.layers import ROWS, check_layers
 from tests.integration.reference import assert_similar_scores, prompts, token_scores
 from tests.reference_model import load_reference, merged_outputs, quantize_as_at_load
 from tests.tiny_models import create_tiny_model
@@ -42,12 +42,6 @@ FAMILIES = {
 """Families beside Llama: other norms, biases, transposed weights, weights merged in the file."""
 
 
-ROWS = 5
-
-MULTIPLY_TOLERANCE = 2e-6
-"""Relative error of a layer: both sides sum the same products in float32, in another order."""
-
-
 def check(
     engines: EngineHost, folder: Path, method: str, quantkit: dict[str, Any], **engine: Any
 ) -> list[str]:
@@ -63,9 +57,7 @@ def check(
     ]
     config = {"additional_config": {"quantkit": quantkit}} if quantkit else {}
     result = engines.run(folder, method, asks, **config, **engine)
-    for (name, expected), found in zip(outputs.items(), result.answers[1], strict=True):
-        error = (torch.tensor(found) - expected).norm() / expected.norm()
-        assert error <= MULTIPLY_TOLERANCE, f"{name} is off by {error:.1e}"
+    check_layers(result.answers[1], outputs)
     assert_similar_scores(result.answers[0], token_scores(reference, asked))
     return result.log
 

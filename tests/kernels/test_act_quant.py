@@ -213,6 +213,7 @@ ONE = torch.ones(1)
         (lambda: quantize_rows(X, RowQuantizer("int8", upper_bound=0.0)), "upper_bound is 0.0"),
         (lambda: quantize_rows(X, RowQuantizer("e4m3", symmetric=False)), "have no zero-point"),
         (lambda: quantize_rows(X, INT8, ONE), "group_size is -1, but a static scale"),
+        (lambda: quantize_rows(X, STATIC[0][0], W), r"zero-point has shape \(8,\); use \(1,\)"),
         (lambda: quantize_rows(X, INT8, None, ONE), "a zero-point is given without a scale"),
         (
             lambda: quantize_rows(X, STATIC[0][0], ONE, ONE),

@@ -18,7 +18,8 @@ from quantkit_kernels.act_quant import (
     reference_quantize,
     split_rows,
 )
-from quantkit_kernels.act_quant.cpu_kernel import Variant, build_module
+from quantkit_kernels.act_quant.cpu_kernel import build_module
+from quantkit_kernels.act_quant.cpu_values import Variant
 from quantkit_kernels.act_quant.source import Kind, Source
 from quantkit_kernels.cpu_native import Processor, assembly
 from tests.kernels.act_quant_cases import (

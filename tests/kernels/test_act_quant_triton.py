@@ -45,15 +45,16 @@ def test_in_the_interpreter() -> None:
 
 @interpreter
 @in_interpreter
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # infinity, as on a GPU
 @pytest.mark.parametrize(("quantizer", "scale", "zero"), CASES, ids=name)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_the_references(
     kind: Kind, quantizer: RowQuantizer, scale: Tensor | None, zero: Tensor | None
 ) -> None:
-    for width in (1, 7, 36, 200, 1024):
-        for dtype in (DTYPES.get(kind, torch.float16), torch.float32):
-            source = random_source(kind, 3, width, dtype)
-            check(backend.quantise(source, quantizer, scale, zero), source, quantizer, scale, zero)
+    dtype = DTYPES.get(kind, torch.float16)
+    for width, seen in ((1, torch.float32), (7, dtype), (200, torch.float32), (1024, dtype)):
+        source = random_source(kind, 2, width, seen)
+        check(backend.quantise(source, quantizer, scale, zero), source, quantizer, scale, zero)
 
 
 @interpreter
@@ -64,16 +65,17 @@ def test_every_16_bit_number(code: str, dtype: torch.dtype) -> None:
     """Ties, numbers that E4M3 has no exponent for, and all that saturate."""
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     x = x[x.isfinite()]
-    x = torch.nn.functional.pad(x, (0, -len(x) % 1024)).view(-1, 1024)
+    x = torch.nn.functional.pad(x, (0, -len(x) % 16384)).view(-1, 16384)
     quantizer = RowQuantizer(code, PER_TENSOR)
-    for scale in (1.0, 0.75):
+    for scale in (1.0, 1.5):
         given = torch.tensor([scale])
-        rows = backend.quantise(Source("x", x, 1024), quantizer, given, None)
+        rows = backend.quantise(Source("x", x, 16384), quantizer, given, None)
         assert torch.equal(rows, join_rows(reference_quantize(x, quantizer, given)))
 
 
 @interpreter
 @in_interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NaN, as on a GPU
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_makes_its_scale_nan(poison: float) -> None:
     x = torch.randn(3, 256)

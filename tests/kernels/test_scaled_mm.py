@@ -36,6 +36,7 @@ PAIRS += [(code_type, quantizer) for code_type in ("e4m3", "e5m2") for quantizer
 
 @pytest.fixture(autouse=True)
 def _only_devices_present(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(0)
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 

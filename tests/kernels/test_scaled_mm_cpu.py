@@ -315,6 +315,7 @@ def test_float8_weights_are_looked_up_in_registers() -> None:
     assert len(re.findall(r"vperm[it]2b", direct)) == 8
     assert direct.count("vdpbf16ps") == 4
     assert "(%rsp" not in direct
+    assert "(%rsp" not in loop_of("multiply_codes_9", text)
     tile = loop_of("multiply_tile_12", text)
     assert tile.count("vdpbf16ps") == 4 * 2 * 12
     assert "(%rsp" not in tile

@@ -33,6 +33,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 @pytest.fixture(autouse=True)
 def _only_devices_present(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(0)
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
@@ -104,7 +105,9 @@ def test_generic_backend_serves_every_code_type(dtype: torch.dtype, code_type: C
     x, bias = random_inputs(5, 200, dtype=dtype), torch.randn(33)
     packed = generic.pack(make_uniform(weight), dtype)
     y = generic.linear(*arguments(x, packed, bias))
-    assert relative_error(y, x, weight, bias) <= MAX_ERROR[dtype]
+    # Few large elements may count, each rounded by up to half a unit in the last place.
+    limit = max(MAX_ERROR[dtype], torch.finfo(dtype).eps / 2)
+    assert relative_error(y, x, weight, bias) <= limit
 
 
 def scaled_down(weight: QuantizedWeight) -> QuantizedWeight:

@@ -39,7 +39,7 @@ def codes_name(spec: SchemeSpec) -> str:
 def tensors(spec: SchemeSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
     """The weight."""
     size = (shape.out_features, shape.in_features)
-    return (CheckpointTensor("weight", Role.WEIGHT, size, DTYPES, copy, copy),)
+    return (CheckpointTensor("weight", Role.WEIGHT, size, DTYPES, as_stored, as_stored),)
 
 
 def infer_shape(
@@ -59,9 +59,9 @@ def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> Never:
     raise _unnamed()
 
 
-def copy(stored: Tensor) -> Tensor:
-    """A copy."""
-    return stored.clone()
+def as_stored(stored: Tensor) -> Tensor:
+    """The tensor itself: it is read once, and a copy would double the memory it takes."""
+    return stored
 
 
 def _unnamed() -> UnsupportedScheme:

@@ -1,4 +1,4 @@
-"""The decoder layers of a model under construction, and which norm feeds which linear layer."""
+"""The decoder layers of a model under construction, and what feeds which linear layer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,27 @@ class Block:
     Attributes:
         norms: (norm, the linear layer that alone reads its output).
         activations: (silu-and-multiply, the linear layer that alone reads its output).
+        linears: (merged linear layer, the linear layer that alone reads the last of its
+            partitions: v or up). A scale of a channel passes through what lies between them.
     """
 
     norms: tuple[tuple[str, str], ...]
     activations: tuple[tuple[str, str], ...]
+    linears: tuple[tuple[str, str], ...]
 
 
 ATTENTION, MLP = "self_attn.qkv_proj", "mlp.gate_up_proj"
+LINEARS = ((ATTENTION, "self_attn.o_proj"), (MLP, "mlp.down_proj"))
 SILU = (("mlp.act_fn", "mlp.down_proj"),)
 PRE_NORM = Block(
-    norms=(("input_layernorm", ATTENTION), ("post_attention_layernorm", MLP)), activations=SILU
+    norms=(("input_layernorm", ATTENTION), ("post_attention_layernorm", MLP)),
+    activations=SILU,
+    linears=LINEARS,
 )
 SANDWICH = Block(
-    norms=(("input_layernorm", ATTENTION), ("pre_feedforward_layernorm", MLP)), activations=()
+    norms=(("input_layernorm", ATTENTION), ("pre_feedforward_layernorm", MLP)),
+    activations=(),
+    linears=LINEARS,
 )
 """Gemma 2 and 3: norms on both sides, and a GELU."""
 
@@ -84,6 +92,10 @@ class DecoderLayers:
     def activation_feeds(self) -> Iterator[Feed]:
         """Activation functions and their linear layers."""
         return self._feeds("activations")
+
+    def linear_feeds(self) -> Iterator[Feed]:
+        """Merged linear layers and those that read the last of their partitions."""
+        return self._feeds("linears")
 
     def _note(self, parent: nn.Module, name: str, module: nn.Module | None) -> None:
         if type(module).__name__ in BLOCKS and module is not None:

@@ -38,6 +38,16 @@ def without_layers(mapper: Any, layers: Sequence[str]) -> Any:
     return mapper | WeightsMapper(orig_to_new_regex={dropped: None})
 
 
+def without_tensors(mapper: Any, names: Sequence[str]) -> Any:
+    """A weight mapper that also drops every layer's tensors of these names, which have dots."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    if not names:
+        return mapper
+    dropped = re.compile(rf"\.(?:{'|'.join(map(re.escape, names))})$")
+    return mapper | WeightsMapper(orig_to_new_regex={dropped: None})
+
+
 def is_moe_layer(layer: nn.Module) -> bool:
     """True for the module that holds a mixture's expert weights."""
     try:

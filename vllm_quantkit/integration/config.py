@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_quantkit.errors import QuantkitError, UnsupportedScheme
+from vllm_quantkit.formats import get_format
 from vllm_quantkit.integration import compat
 from vllm_quantkit.integration.context import LoadContext
 from vllm_quantkit.integration.linear import QuantkitLinearMethod
@@ -104,12 +105,16 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         return compat.keep_every_tensor()
 
     def get_cache_scale_mapper(self) -> Any:
-        """Drop the layers that the user ignores. The loader asks once the model is built.
+        """Drop what the model does not take: layers that the user ignores, and tensors that are
+        read beside their layer's codes. The loader asks once the model is built.
 
         Raises:
             CheckpointError: the checkpoint has quantised layers that the model did not take.
         """
-        return compat.without_layers(super().get_cache_scale_mapper(), self.report.close_audit())
+        mapper = compat.without_layers(super().get_cache_scale_mapper(), self.report.close_audit())
+        schemes = self.rules.schemes if self.rules is not None else ()
+        companions = [name for spec in schemes for name in get_format(spec.dialect).COMPANIONS]
+        return compat.without_tensors(mapper, companions)
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None

@@ -44,6 +44,7 @@ class LoadContext:
         self._layers.watch()
         stats = options.activation_stats
         self._stats = read_activation_stats(stats) if stats is not None else {}
+        self._complete = False
         self._smoothing: Smoothing | None = None
         if method.smooths and report.at_load:
             self._prepare_smoothing(options)
@@ -52,11 +53,22 @@ class LoadContext:
         """The stored tensors of a checkpoint layer, by their names behind the layer's."""
         return self._names.tensors(partition)
 
-    def smoothing(self, prefix: str, partitions: tuple[str, ...]) -> Tensor | None:
-        """float32 [K]: what the weight's input channels are multiplied by, if by anything."""
+    def smoothed(self, weight: Tensor, prefix: str, *, has_last: bool) -> Tensor:
+        """A 16-bit weight of the layer `prefix` as it reads and makes smoothed activations.
+
+        Raises:
+            CheckpointError: the statistics are for another model.
+            ConfigError: the model was smoothed before; reloaded norms would not be.
+        """
         if self._smoothing is None:
-            return None
-        return self._smoothing.factors(prefix, partitions)
+            return weight
+        if self._complete:
+            raise ConfigError(
+                f"the weight of {prefix} cannot be reloaded, because activation_stats smoothed the "
+                f"model and reloaded norms would not fit; start the engine again with the new "
+                f"weights, or serve them without activation_stats."
+            )
+        return self._smoothing.smooth(weight, prefix, has_last=has_last)
 
     def largest_inputs(self, partitions: tuple[str, ...]) -> Tensor | None:
         """float32 [K], the largest |x| of each input channel, where statistics are given."""
@@ -87,12 +99,13 @@ class LoadContext:
         self._smoothing = Smoothing(self._stats, options.smoothing, self._names, self._layers)
 
     def _finish(self) -> str:
-        """Fold the smoothing into the norms, and let norms quantise for the layers behind them."""
+        """Complete the smoothing, and let norms quantise for the layers behind them."""
         self._layers.stop()
+        self._complete = True
         did = []
         if self._smoothing is not None:
             self._smoothing.fold()
-            did.append(f"smoothed {self._smoothing.smoothed} layers, folded into their norms")
+            did.append(f"smoothed {self._smoothing.smoothed} layers, folded into what feeds them")
         # An adapter needs the 16-bit input as well.
         fused = 0 if compat.serves_lora() else fuse(self._layers)
         if fused:

@@ -15,6 +15,7 @@ from vllm_quantkit.formats import Role
 from vllm_quantkit.integration import compat
 from vllm_quantkit.integration.context import LoadContext
 from vllm_quantkit.integration.loading import LayerLoader
+from vllm_quantkit.integration.memory import release_freed
 from vllm_quantkit.integration.sharding import RankShare
 from vllm_quantkit.schemes import LinearScheme
 from vllm_quantkit.schemes.base import LinearKernel, PackedLayer
@@ -93,6 +94,8 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
             for i, canonical in enumerate(parts)
         )
         self._loader.ledger.received.clear()
+        if self._loader.quantises:
+            release_freed()
         self.context.ready(self.prefix, self._segments[0].kernel.name)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -28,8 +28,11 @@ class Surroundings(Protocol):
     def companions(self, partition: str) -> Mapping[str, Tensor]:
         """The stored tensors of a checkpoint layer that only mean something together."""
 
-    def smoothing(self, prefix: str, partitions: tuple[str, ...]) -> Tensor | None:
-        """float32 [K]: what the weight's input channels are multiplied by, if by anything."""
+    def smoothed(self, weight: Tensor, prefix: str, *, has_last: bool) -> Tensor:
+        """The 16-bit weight of one or more partitions of the layer `prefix`, as it is quantised.
+
+        `has_last` is True where the layer's last partition is among them.
+        """
 
     def arrived(self, label: str, weight: Tensor, quantized: QuantizedWeight, error: float) -> None:
         """A 16-bit weight was quantised, with this relative error."""
@@ -75,6 +78,11 @@ class LayerLoader:
         """Names of the parameters."""
         return tuple(self._params.names.values())
 
+    @property
+    def quantises(self) -> bool:
+        """True where 16-bit weights arrive."""
+        return self._tensors(None)[0].role is Role.WEIGHT
+
     def parts(self, layer: Any) -> list[dict[Role, Tensor]]:
         """Canonical tensors by role, for each run of rows that shares one group index."""
         filled = {
@@ -82,7 +90,7 @@ class LayerLoader:
             for tensor in self._tensors(None)
             if not tensor.optional or self.ledger.shards(tensor.name)
         }
-        if Role.WEIGHT in filled:
+        if self._makes_several(self._tensors(None)[0]):
             filled = set(self._params.names)
         return self._params.parts(layer, filled)
 
@@ -104,7 +112,7 @@ class LayerLoader:
             )
 
     def _roles(self, tensors: tuple[CheckpointTensor, ...]) -> dict[Role, str]:
-        if tensors[0].role is not Role.WEIGHT:
+        if not self._makes_several(tensors[0]):
             return {tensor.role: tensor.name for tensor in tensors}
         symmetric = self._scheme.spec.weight.symmetric
         return {
@@ -161,8 +169,12 @@ class LayerLoader:
 
     def _filled_by(self, tensor: CheckpointTensor) -> tuple[Role, ...]:
         """Roles that the arrival of a tensor fills."""
-        several = tensor.role is Role.WEIGHT or self._assembles()
+        several = self._makes_several(tensor)
         return tuple(self._params.names) if several else (tensor.role,)
+
+    def _makes_several(self, tensor: CheckpointTensor) -> bool:
+        """True where one tensor's arrival makes all of the layer's canonical tensors."""
+        return tensor.role is Role.WEIGHT or self._assembles()
 
     def _param(self, role: Role, name: str, param: Parameter) -> Any:
         """The parameter of a role; `param`, called `name`, is the one vLLM is loading."""
@@ -184,7 +196,7 @@ class LayerLoader:
             else:
                 made = {tensor.role: tensor.decode(loaded.to(device))}
             if tensor.role is Role.WEIGHT:
-                made = self._quantize(made[Role.WEIGHT], label)
+                made = self._quantize(made[Role.WEIGHT], shard, label)
         except ValueError as error:
             raise CheckpointError(f"{label} cannot be decoded: {error}") from error
         if tensor.role is Role.SHAPE:
@@ -194,10 +206,9 @@ class LayerLoader:
                 self._check_scales(label, made[role])
         return {role: self._params.cut(role, value) for role, value in made.items()}
 
-    def _quantize(self, weight: Tensor, label: str) -> dict[Role, Tensor]:
-        smoothing = self._around.smoothing(self._share.prefix, self._share.partitions)
-        if smoothing is not None:
-            weight = weight * smoothing.to(weight)
+    def _quantize(self, weight: Tensor, shard: ShardId, label: str) -> dict[Role, Tensor]:
+        has_last = len(self._share.partitions) - 1 in self._slots(shard)
+        weight = self._around.smoothed(weight, self._share.prefix, has_last=has_last)
         quantized = self._scheme.quantize(weight)
         self._around.arrived(label, weight, quantized, relative_error(weight, quantized))
         made = {
@@ -223,8 +234,12 @@ class LayerLoader:
             CheckpointError: names the first that is not.
         """
         spec = self._scheme.spec
-        allow_zero = spec.is_packed or spec.dialect == "bitsandbytes"
-        bad = ~torch.isfinite(scales) | (scales < 0) | ((scales == 0) & (not allow_zero))
+        bad = ~torch.isfinite(scales)
+        # Double-quantised scales of dead blocks may even come out a little below 0.
+        if not self._assembles():
+            bad |= scales < 0
+        if not (spec.is_packed or spec.dialect == "bitsandbytes"):
+            bad |= scales == 0
         if bad.any():
             where = bad.nonzero()[0].tolist()
             raise CheckpointError(

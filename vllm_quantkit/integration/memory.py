@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,17 @@ def host_bytes() -> int:
     lines = STATUS.read_text().splitlines()
     values = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
     return 1024 * int(values[0]) if values else 0
+
+
+def release_freed() -> None:
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    It would keep what the temporaries of every layer leave behind: on a model of 12 layers, twice
+    the quantised model.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @dataclass

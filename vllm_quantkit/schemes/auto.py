@@ -13,7 +13,7 @@ class Auto(Method):
     """Any dialect; the scheme of each layer follows from its spec."""
 
     name = "quantkit"
-    dialects = tuple(FORMATS)
+    dialects = tuple(name for name in FORMATS if name != "16-bit")
     contents = "quantised checkpoints"
 
     @classmethod

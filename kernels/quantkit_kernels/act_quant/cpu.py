@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.act_quant import generic
-from quantkit_kernels.act_quant.cpu_kernel import FIELDS, Variant, build_module
+from quantkit_kernels.act_quant.cpu_kernel import FIELDS, build_module
 from quantkit_kernels.act_quant.cpu_math import Float
+from quantkit_kernels.act_quant.cpu_values import Variant
 from quantkit_kernels.act_quant.rows import RowQuantizer
 from quantkit_kernels.act_quant.source import Kind, Source, quantise_with
 from quantkit_kernels.cpu_ir import LANES

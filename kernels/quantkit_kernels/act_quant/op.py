@@ -194,6 +194,11 @@ How = tuple[Tensor | None, Tensor | None, RowCode, int, bool, float]
 
 def _parse(how: How) -> RowQuantizer:
     scale, zero, *fields = how
+    for given in (scale, zero):
+        if given is not None and given.shape != (1,):
+            raise ValueError(
+                f"a static scale or zero-point has shape {tuple(given.shape)}; use (1,)"
+            )
     return _quantizer(*fields, scale is not None, zero is not None)
 
 

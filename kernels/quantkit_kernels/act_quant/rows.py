@@ -8,6 +8,7 @@ norm or an activation function can quantise for the linear layer that follows it
     bytes zero_at .. + 4              float32 zero-point, a whole number; 0 where symmetric
 
 x[m, k] ~ scales[m, k // group_size] * (code[m, k] - zero[m]). Bytes between the parts are 0.
+A group in which a value is NaN or infinite has the scale NaN, and its codes mean nothing.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit_kernels.act_quant import PER_TOKEN
+from quantkit_kernels.act_quant import PER_TOKEN, RowCode
 from quantkit_kernels.act_quant import cpu as rows_cpu
 from quantkit_kernels.act_quant.source import Source
+from quantkit_kernels.code_types import CodeType
 from quantkit_kernels.llm_int8.reference import ROWS
 from quantkit_kernels.scaled_mm import cpu as scaled_cpu
 
@@ -36,24 +37,37 @@ def linear(
     """
     if x.shape[0] == 0:
         return x.new_empty(0, out_features)
+    x = x.contiguous()
     columns = find_outliers(x, threshold) if outliers is None else outliers.long()
-    has_outliers = columns.numel() > 0
-    rest = x.index_fill(1, columns, 0) if has_outliers else x
-    rows = rows_cpu.quantise(Source("x", rest, in_features), ROWS, None, None)
-    kinds, sizes = ("int", "int8", PER_TOKEN), (in_features, in_features, out_features)
-    dtype = torch.float32 if has_outliers else x.dtype
-    y = scaled_cpu.linear(rows, codes, scales, sums, bias, *kinds, *sizes, dtype)
-    if not has_outliers:
-        return y
-    weight = gather_columns(codes, scales, columns)
-    return y.add_(x.index_select(1, columns).float() @ weight[:, :out_features]).to(x.dtype)
+    if columns.numel() == 0:
+        return _multiply(x, codes, scales, sums, bias, out_features, x.dtype)
+    rest = x.index_fill(1, columns, 0)
+    y = _multiply(rest, codes, scales, sums, bias, out_features, torch.float32)
+    weight = gather_columns(codes, scales, columns)[:, :out_features]
+    return y.addmm_(x.index_select(1, columns).float(), weight).to(x.dtype)
+
+
+def _multiply(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    sums: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(sx Q(x)) W^T + bias, in `dtype`."""
+    width = x.shape[1]
+    rows = rows_cpu.quantise(Source("x", x, width), ROWS, None, None)
+    kinds: tuple[CodeType, RowCode, int] = ("int", "int8", PER_TOKEN)
+    return scaled_cpu.linear(
+        rows, codes, scales, sums, bias, *kinds, width, width, out_features, dtype
+    )
 
 
 def find_outliers(x: Tensor, threshold: float) -> Tensor:
-    """int64 [any]: the channels of x [M, K], M at least 1, with a value beyond the threshold.
-
-    A maximum passes NaN on; all comparisons with NaN are false.
-    """
+    """int64 [any]: the channels of x [M, K], M at least 1, with a value beyond the threshold."""
+    # NaN is beyond, as in `outlier_mask`: maxima pass it on, and no comparison with it is true.
     return (~(x.abs().amax(0) <= threshold)).nonzero().flatten()
 
 

@@ -96,7 +96,7 @@ def llm_int8_linear(
         x: float16, bfloat16 or float32 [..., K].
         weight: packed for the dtype and device of `x`.
         threshold: O are the channels with any |x[m, k]| above it in the batch.
-        outliers: int32 [any], fixed O instead.
+        outliers: int32 [any], distinct channels that are O instead.
         bias: [N] or None.
 
     Returns:

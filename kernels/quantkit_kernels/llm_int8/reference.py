@@ -25,7 +25,7 @@ def reference_llm_int8(
         x: float [..., K].
         weight: N x K, 8 bits.
         threshold: a channel is an outlier where any |x[m, k]| exceeds it.
-        outliers: int32 [any], the outlier channels instead.
+        outliers: int32 [any], distinct, the outlier channels instead.
         bias: float [N] or None.
 
     Returns:

@@ -22,9 +22,10 @@ from quantkit_kernels.cpu_run import ALIGNMENT, Plan, address, new_block, plan, 
 from quantkit_kernels.scaled_mm.weights import INT8_ZERO, ScaledWeight, group_size_of
 from quantkit_kernels.wna16.weights import QuantizedWeight
 
-CHUNK = {"int8": 512, "e4m3": 256}
-"""Most input channels multiplied at a time where an output channel has one scale, by rows: weights
-take half the first-level cache. 512 products of 8-bit integers are below 2**24."""
+INTEGER_CHUNK, FLOAT_CHUNK = 512, 256
+"""Most input channels multiplied at a time where an output channel has one scale: packed integers
+or unpacked floats that leave half the first-level cache to rows and to what comes next. 512
+products of 8-bit integers stay below 2**24."""
 
 BLOCK = 16
 """Input channels that are staged at a time; groups are multiples of it."""
@@ -42,7 +43,7 @@ def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -
     group_size = group_size_of(weight)
     is_int = weight.code_type == "int"
     codes = weight.codes.to(torch.int32) - (INT8_ZERO if is_int else 0)
-    groups, channels = cut(in_features, group_size, quantizer.code)
+    groups, channels = cut(in_features, group_size, is_int)
     padded = torch.nn.functional.pad(codes, (0, groups * channels - in_features))
     unit = host_kernel(Product(8, weight.code_type, quantizer.code)).arithmetic.unit
     return ScaledWeight(
@@ -58,11 +59,12 @@ def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -
     )
 
 
-def cut(in_features: int, group_size: int, row_code: RowCode | None) -> tuple[int, int]:
+def cut(in_features: int, group_size: int, integers: bool) -> tuple[int, int]:
     """How many groups of channels are multiplied at a time, and how many channels each has."""
     if group_size < in_features:
         return -(-in_features // group_size), group_size
-    groups = -(-in_features // CHUNK[row_code])
+    chunk = INTEGER_CHUNK if integers else FLOAT_CHUNK
+    groups = -(-in_features // chunk)
     return groups, -(-in_features // groups // BLOCK) * BLOCK
 
 
@@ -125,7 +127,7 @@ def _plan(
     max_threads: int,
 ) -> Plan:
     """What a call needs besides the addresses of its tensors."""
-    groups, channels = cut(in_features, group_size, kernel.arithmetic.row_code)
+    groups, channels = cut(in_features, group_size, kernel.arithmetic.sums_are_integers)
     steps = channels // kernel.arithmetic.channels
     chosen = plan(
         rows=rows,

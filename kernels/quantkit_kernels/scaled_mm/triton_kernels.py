@@ -53,6 +53,75 @@ def scale(y, x_scales, w_scales, X: tl.constexpr, W: tl.constexpr, SWAP: tl.cons
     return y
 
 
+@triton.jit
+def accumulate(
+    x_pointers,
+    w_pointers,
+    x_scales,
+    w_scales,
+    padded_n,
+    K,
+    first,
+    last,
+    X_GROUP: tl.constexpr,
+    W_GROUP: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SWAP: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Sum of the products of steps first .. last - 1 of k, with the scales of groups.
+
+    Args:
+        x_pointers: [BM, BK], at step `first`; w_pointers [BN, BK] alike.
+        x_scales: [BM], where rows' scales start; w_scales [BN] alike.
+        Others as of `scaled_gemm`.
+
+    Returns:
+        [BM, BN], or [BN, BM] where SWAP: int32 of integers without groups, else float32.
+    """
+    BM: tl.constexpr = x_pointers.shape[0]
+    BN: tl.constexpr = w_pointers.shape[0]
+    BK: tl.constexpr = x_pointers.shape[1]
+    GROUPED: tl.constexpr = X_GROUP > 0 or W_GROUP > 0
+    INTEGER: tl.constexpr = x_pointers.dtype.element_ty == tl.int8 and not GROUPED
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32 if INTEGER else tl.float32)
+    # Else ptxas sees a path round the loop that zeroes acc, and makes every wgmma wait (C7515).
+    tl.assume(first < last)
+    # With the depth given here, loads that feed no dot product are asynchronous too: the scales.
+    for step in tl.range(first, last, num_stages=STAGES):
+        if RAGGED:
+            inside = step * BK + tl.arange(0, BK) < K
+            x = tl.load(x_pointers, mask=inside[None, :], other=0.0)
+        else:
+            x = tl.load(x_pointers)
+        w = tl.load(w_pointers)
+        # Hopper sums FP8 products in 14 bits: a step at a time, which fp32 additions join
+        # (arXiv 2412.19437, section 3.3.2).
+        products = multiply(x, w, SWAP, ASM)
+        if GROUPED:
+            x_group = x_scales + step * BK // max(X_GROUP, 1)
+            w_group = w_scales + step * BK // max(W_GROUP, 1) * padded_n
+            products = products.to(tl.float32)
+            products = scale(products, x_group, w_group, X_GROUP > 0, W_GROUP > 0, SWAP)
+        acc += products
+        x_pointers += BK
+        w_pointers += BK
+    return acc
+
+
+@triton.jit
+def store_tile(y, bias_ptr, out_ptr, split, M, N, tokens, channels, SWAP: tl.constexpr):
+    """out[split, m, n] = y[m, n] + bias[n], of y or its transpose where SWAP."""
+    if SWAP:
+        y = tl.trans(y)
+    inside = channels < N
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)[None, :]
+    out = out_ptr + (split * M + tokens).to(tl.int64)[:, None] * N + channels[None, :]
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(tokens < M)[:, None] & inside[None, :])
+
+
 @triton.jit(do_not_specialize=["M", "k_steps", "split_steps"])
 def scaled_gemm(
     x_ptr,
@@ -108,45 +177,30 @@ def scaled_gemm(
     rows = tl.minimum(tokens, M - 1).to(tl.int64)
     first = split * split_steps
     last = tl.minimum(first + split_steps, k_steps)
-    # Else ptxas sees a path round the loop that zeroes acc, and makes every wgmma wait (C7515).
-    tl.assume(first < last)
     columns = tl.arange(0, BK)
     x_pointers = x_ptr + rows[:, None] * x_stride + (first * BK + columns)[None, :]
     w_rows = channels.to(tl.int64)[:, None] * w_stride
     w_pointers = codes_ptr + w_rows + (first * BK + columns)[None, :]
     x_scales = x_scales_ptr + rows * (x_stride // 4) + SCALES_AT
     w_scales = w_scales_ptr + channels
-
-    GROUPED: tl.constexpr = X_GROUP > 0 or W_GROUP > 0
-    INTEGER: tl.constexpr = x_ptr.dtype.element_ty == tl.int8 and not GROUPED
-    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32 if INTEGER else tl.float32)
-    # With the depth given here, loads that feed no dot product are asynchronous too: the scales.
-    for step in tl.range(first, last, num_stages=STAGES):
-        if RAGGED:
-            x = tl.load(x_pointers, mask=(step * BK + columns < K)[None, :], other=0.0)
-        else:
-            x = tl.load(x_pointers)
-        w = tl.load(w_pointers)
-        # Hopper sums FP8 products in 14 bits: a step at a time, which fp32 additions join
-        # (arXiv 2412.19437, section 3.3.2).
-        products = multiply(x, w, SWAP, ASM)
-        if GROUPED:
-            x_group = x_scales + step * BK // max(X_GROUP, 1)
-            w_group = w_scales + step * BK // max(W_GROUP, 1) * padded_n
-            products = products.to(tl.float32)
-            products = scale(products, x_group, w_group, X_GROUP > 0, W_GROUP > 0, SWAP)
-        acc += products
-        x_pointers += BK
-        w_pointers += BK
-
+    acc = accumulate(
+        x_pointers,
+        w_pointers,
+        x_scales,
+        w_scales,
+        padded_n,
+        K,
+        first,
+        last,
+        X_GROUP,
+        W_GROUP,
+        RAGGED,
+        SWAP,
+        STAGES,
+        ASM,
+    )
     if sums_ptr is not None:
         zeros = tl.load(x_scales + 1).to(tl.int32) * (split == 0).to(tl.int32)
         acc -= along_tokens(zeros, SWAP) * along_channels(tl.load(sums_ptr + channels), SWAP)
     y = scale(acc.to(tl.float32), x_scales, w_scales, X_GROUP == 0, W_GROUP == 0, SWAP)
-    if SWAP:
-        y = tl.trans(y)
-    inside = channels < N
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)[None, :]
-    out = out_ptr + (split * M + tokens).to(tl.int64)[:, None] * N + channels[None, :]
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(tokens < M)[:, None] & inside[None, :])
+    store_tile(y, bias_ptr, out_ptr, split, M, N, tokens, channels, SWAP)
