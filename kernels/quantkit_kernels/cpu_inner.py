@@ -7,6 +7,7 @@ import functools
 from llvmlite import ir
 
 from quantkit_kernels.cpu_arithmetic import (
+    LINE_BYTES,
     PANEL_BYTES,
     VECTORS,
     Arithmetic,
@@ -16,9 +17,6 @@ from quantkit_kernels.cpu_arithmetic import (
 )
 from quantkit_kernels.cpu_codes import Codes, Weights
 from quantkit_kernels.cpu_ir import F32, LANES, VECTOR_F32, VECTOR_I8, VECTOR_I32, Emitter
-
-LINE_BYTES = 64
-"""Bytes of a cache line."""
 
 MAX_CHAINS = 4
 """Independent sums per output that hide the latency of a multiply-add when rows are few."""
@@ -31,10 +29,11 @@ def build_unpack(module: ir.Module, codes: Codes) -> ir.Function:
     stride = codes.arithmetic.weight_pieces * PANEL_BYTES
     with e.loop(words) as word:
         target = e.at(tile, (word.index, codes.steps * stride))
-        # The panel's next group follows: it arrives while this one is multiplied.
+        # The panel's next group follows: it arrives while this one is multiplied, in the
+        # second-level cache, as the first is full of this one.
         ahead = e.at(source, (e.b.add(word.index, words), PANEL_BYTES))
         for v in VECTORS:
-            e.prefetch(ahead, v)
+            e.prefetch(ahead, v, level=2)
         for step, pieces in enumerate(codes.block(e, source, word.index)):
             for piece, vectors in enumerate(pieces):
                 for v, lanes in zip(VECTORS, vectors, strict=True):

@@ -70,10 +70,10 @@ class Emitter:
         """Write `value` at address + offset."""
         self.b.store(value, self._pointer(value.type, address, offset), align=align)
 
-    def prefetch(self, address: ir.Value, offset: int = 0) -> None:
-        """Ask for a cache line to be read; the address need not be valid."""
+    def prefetch(self, address: ir.Value, offset: int = 0, level: int = 1) -> None:
+        """Ask for a cache line, into the cache of a level; the address need not be valid."""
         pointer = self._pointer(I8, address, offset)
-        read_keep_data = [ir.Constant(I32, value) for value in (0, 3, 1)]
+        read_keep_data = [ir.Constant(I32, value) for value in (0, 4 - level, 1)]
         self.call("llvm.prefetch.p0i8", ir.VoidType(), pointer, *read_keep_data)
 
     def splat(self, scalar: ir.Value) -> ir.Value:

@@ -41,8 +41,9 @@ A scratch slot is a tile of `tile_bytes`, then sums [chunk_rows, 32]. The last t
 groups of `group_blocks`; scales and zero-points lie at the same distance from row to row.
 """
 
-PREFETCH_BYTES = 8192
-"""How far ahead codes that are multiplied as they are packed are asked for."""
+PREFETCH_BYTES = 16384
+"""How far ahead codes that are not unpacked to a tile are asked for: their panels follow each
+other, and a thread mostly draws the one that follows."""
 
 RowFunctions = dict[int, ir.Function]
 """multiply functions by the number of rows they take."""
@@ -90,11 +91,10 @@ def _inner_functions(module: ir.Module, arithmetic: Arithmetic) -> _Inner:
             for r in range(1, most + 1)
         }
         return _Inner(few, few, None, store)
-    codes = Codes(arithmetic)
-    direct = range(1, arithmetic.direct_rows + 1)
+    codes, direct = Codes(arithmetic, PREFETCH_BYTES), range(1, arithmetic.direct_rows + 1)
     few = {r: build_multiply(module, arithmetic, r, codes) for r in direct}
     many = {r: build_multiply(module, arithmetic, r, Tile(arithmetic)) for r in halves}
-    return _Inner(few, many, build_unpack(module, codes), store)
+    return _Inner(few, many, build_unpack(module, Codes(arithmetic)), store)
 
 
 @dataclass(frozen=True)

@@ -110,11 +110,23 @@ def activate(worker: Any, adapter: str | None, rows: int) -> None:
     worker.model_runner.lora_manager.set_active_adapters({request} - {None}, mapping)
 
 
+def parameters(engine: Any, names: list[str]) -> list[list[Any]]:
+    """These parameters of the model, by their names in vLLM, in every rank."""
+
+    def read(worker: Any) -> list[Any]:
+        model = worker.model_runner.get_model()
+        return [model.get_parameter(name).float().tolist() for name in names]
+
+    ranks: list[list[Any]] = engine.collective_rpc(read)
+    return ranks
+
+
 OPERATIONS = {
     "score": score,
     "generate": generate,
     "reload": reload_weights,
     "multiply": multiply,
+    "parameters": parameters,
 }
 
 if __name__ == "__main__":

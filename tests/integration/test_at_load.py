@@ -43,20 +43,20 @@ FAMILIES = {
 
 
 def check(
-    engines: EngineHost, folder: Path, method: str, quantkit: dict[str, Any], **engine: Any
+    engines: EngineHost, folder: Path, method: str, quantkit: dict[str, Any], *, count: int = 3
 ) -> list[str]:
     """Every linear layer computes its definition, and so do all of them; returns the log."""
     rules = load_rules(get_method(method), read_options({"quantkit": quantkit}))
     layers = quantize_as_at_load(folder, rules)
     reference = load_reference(folder, layers)
     outputs = merged_outputs(reference, layers, ROWS)
-    asked = prompts()
+    asked = prompts(count)
     asks = [
         {"op": "score", "prompts": asked},
         {"op": "multiply", "layers": list(outputs), "rows": ROWS},
     ]
     config = {"additional_config": {"quantkit": quantkit}} if quantkit else {}
-    result = engines.run(folder, method, asks, **config, **engine)
+    result = engines.run(folder, method, asks, **config)
     check_layers(result.answers[1], outputs)
     assert_similar_scores(result.answers[0], token_scores(reference, asked))
     return result.log

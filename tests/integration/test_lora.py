@@ -7,33 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 from quantkit_kernels.wna16 import QuantizedWeight
 from tests.helpers import quantized_checkpoint
-from tests.integration.engines import EngineFailed, EngineHost, EngineResult
+from tests.integration.engines import EngineFailed, EngineHost
 from tests.integration.layers import ROWS, check_layers
 from tests.integration.reference import (
     FLIPPED_TOLERANCE,
-    Scores,
     assert_same_scores,
     assert_similar_scores,
     mean_difference,
     prompts,
     token_scores,
 )
-from tests.integration.schemes import awq, compressed, gptq
+from tests.integration.schemes import awq, compressed, gptq, ruled_checkpoint
 from tests.integration.test_at_load import AT_LOAD
+from tests.integration.test_tensor_parallel import TWO_RANKS
 from tests.lora_adapters import random_adapter, with_adapter
 from tests.reference_model import load_reference, merged_outputs, quantize_as_at_load
 from tests.tiny_models import create_tiny_model
+from vllm_quantkit.formats import get_format
 from vllm_quantkit.options import Options
+from vllm_quantkit.quantize.activation_stats import write_activation_stats
 from vllm_quantkit.schemes import get_method
 from vllm_quantkit.schemes.at_load import load_rules
-from vllm_quantkit.spec import SchemeSpec
+from vllm_quantkit.spec import LayerRules, SchemeSpec
 
 pytestmark = pytest.mark.engine
 
-LORA = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+LORA = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8, "max_num_seqs": 1}
+"""One prompt at a time: on CPU vLLM's own head with adapters cannot score several at once."""
 
 CHECKPOINTS = {
     "quantkit-awq": awq(64),
@@ -42,8 +47,10 @@ CHECKPOINTS = {
 }
 """Flag to a checkpoint it serves, beside the methods that quantise at load."""
 
+NEW_TOKENS = 16
+
 ACTS = 5 * FLIPPED_TOLERANCE
-"""What an adapter changes at least, mean |difference| of log-probabilities; ours changes 1 to 2."""
+"""What an adapter changes at least, mean |difference| of log-probabilities; ours changes 2.6."""
 
 
 @dataclass(frozen=True)
@@ -116,3 +123,78 @@ def test_an_adapter_over_a_model_quantised_at_load(method, llama, adapter, engin
 @pytest.mark.parametrize("flag", CHECKPOINTS)
 def test_an_adapter_over_a_quantised_checkpoint(flag, llama, adapter, tmp_path, engines):
     check(engines, flag, checkpoint_case(CHECKPOINTS[flag], llama, adapter, tmp_path / "pair"))
+
+
+def test_an_adapter_over_a_quantised_head(llama, adapter, tmp_path, engines: EngineHost):
+    """vLLM asks the head of a model with adapters for its weight, though no adapter is for it."""
+    scheme = gptq(4, 64, symmetric=True)
+    config = {**get_format("gptq").render(scheme, ignore=()), "lm_head": True}
+    rules = LayerRules(default=scheme, lm_head=scheme)
+    pair = ruled_checkpoint(llama, rules, config, tmp_path / "pair")
+    asked = prompts()
+    reference = load_reference(llama, {name: (w, scheme) for name, w in pair.layers.items()})
+    score = {"op": "score", "prompts": asked, "adapter": str(adapter)}
+
+    answers = engines.run(
+        pair.quantized, "quantkit-gptq", [score, {"op": "reload"}, score], **LORA
+    ).answers
+
+    assert_same_scores(answers[0], token_scores(with_adapter(reference, adapter), asked))
+    assert answers[2] == answers[0]
+
+
+def test_an_adapter_over_two_ranks(llama, adapter, tmp_path, engines: EngineHost):
+    case = checkpoint_case(CHECKPOINTS["quantkit-gptq"], llama, adapter, tmp_path / "pair")
+    asked = prompts()
+    reference = with_adapter(load_reference(llama, case.layers), adapter)
+
+    answers = engines.run(
+        case.folder,
+        "quantkit-gptq",
+        [{"op": "score", "prompts": asked, "adapter": str(adapter)}],
+        env=TWO_RANKS,
+        tensor_parallel_size=2,
+        **LORA,
+    ).answers
+
+    assert_same_scores(answers[0], token_scores(reference, asked))
+
+
+def test_a_compiled_model_generates_with_and_without_an_adapter(
+    llama, adapter, engines: EngineHost
+):
+    """In batches of one kind: on CPU vLLM gives an adapter to all of a batch that has one."""
+    case = at_load_case("quantkit-int4", llama, adapter)
+    asked = prompts(4, length=40)
+    base = load_reference(llama, case.layers)
+    expected = [greedy(base, prompt) for prompt in asked]
+    with_adapter(base, adapter)
+    adapted = [greedy(base, prompt) for prompt in asked]
+    generate = {"op": "generate", "prompts": asked, "max_tokens": NEW_TOKENS}
+
+    answers = engines.run(
+        llama,
+        "quantkit-int4",
+        [generate, {**generate, "adapters": [str(adapter)] * len(asked)}, generate],
+        **{**LORA, "max_num_seqs": 4, "enforce_eager": False},
+    ).answers
+
+    assert answers == [expected, adapted, expected]
+
+
+def test_smoothing_and_adapters_are_refused_together(llama, tmp_path, engines: EngineHost):
+    stats = tmp_path / "stats.safetensors"
+    write_activation_stats({"model.layers.0.mlp.up_proj": torch.ones(256)}, stats, tokens=1)
+    options = {"additional_config": {"quantkit": {"activation_stats": str(stats)}}}
+
+    with pytest.raises(EngineFailed, match=r"start without --enable-lora, or without activation"):
+        engines.run(llama, "quantkit-smoothquant", [], **LORA, **options)
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """The `NEW_TOKENS` best tokens, each after those before it."""
+    tokens = list(prompt)
+    for _ in range(NEW_TOKENS):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]

@@ -15,7 +15,7 @@ from quantkit_kernels.llm_int8 import triton as backend
 from quantkit_kernels.llm_int8.reference import ROWS, outlier_mask
 from quantkit_kernels.llm_int8.triton_kernels import flag_outliers, llm_int8_gemm, quantise_rest
 from quantkit_kernels.scaled_mm import triton as scaled_backend
-from quantkit_kernels.tuning import ScaledTile, select_scaled_tile
+from quantkit_kernels.tuning import Device, ScaledTile, select_scaled_tile
 from quantkit_kernels.wna16 import QuantizedWeight
 from tests.kernels.aot import DEVICES, compile_kernel
 from tests.kernels.interpreted import (
@@ -159,9 +159,12 @@ def test_no_tokens() -> None:
 
 @pytest.mark.aot
 @pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 turns the compiler off")
-@pytest.mark.parametrize("m", [1, 4096])
-@pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"sm{device.capability}")
-def test_product_compiles_without_spills(device: object, m: int) -> None:
+@pytest.mark.parametrize(
+    ("device", "m"),
+    [*zip(DEVICES, (4096, 1, 1, 4096), strict=True), (DEVICES[2], 4096)],
+    ids=lambda value: f"sm{value.capability}" if isinstance(value, Device) else str(value),
+)
+def test_product_compiles_without_spills(device: Device, m: int) -> None:
     tile = select_scaled_tile(m, 8192, 8192, 128, False, device)
     element = "*fp16" if m == 1 else "*bf16"
     types = {

@@ -146,6 +146,8 @@ def code_variants() -> list[Variant]:
     """Floats and code books with the fewest and the most tokens, where they compile anew."""
     found = []
     for device, (code, dtype), index in product(DEVICES, CODES.items(), (1, -1)):
+        if device.capability == 89 and index == 1:
+            continue
         bits, group = CONTAINER_OF[code], 128 if index == 1 else 64
         tile = tiles(device, bits, group, code_book=bits == 4)[index]
         found.append(Variant(device, tile, bits, group, dtype, code))

@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import ConfigError
 from vllm_quantkit.integration import compat
-from vllm_quantkit.integration.blocks import DecoderLayers
+from vllm_quantkit.integration.blocks import BLOCKS, DecoderLayers
 from vllm_quantkit.integration.fusion import fuse
 from vllm_quantkit.integration.names import LayerNames
 from vllm_quantkit.integration.report import LoadReport
@@ -25,6 +25,12 @@ HOW_TO_SMOOTH = (
     "activations are quantised as they are: smoothing needs the largest input of every channel. "
     "Collect it with `python -m vllm_quantkit.quantize.activation_stats MODEL TEXT --out FILE` and "
     'pass --additional-config \'{"quantkit": {"activation_stats": "FILE"}}\'.'
+)
+
+NOT_SMOOTHED = (
+    "activations are quantised as they are: smoothing knows "
+    f"{', '.join(sorted(BLOCKS))}, and this model has none of them, so its activation_stats go "
+    "unused. Use quantkit-llm-int8 or quantkit-fp8 if outliers harm it."
 )
 
 
@@ -105,6 +111,8 @@ class LoadContext:
         did = []
         if self._smoothing is not None:
             self._smoothing.fold()
+            if not self._smoothing.smoothed:
+                logger.warning("%s: %s", self.report.method, NOT_SMOOTHED)
             did.append(f"smoothed {self._smoothing.smoothed} layers, folded into what feeds them")
         # An adapter needs the 16-bit input as well.
         fused = 0 if compat.serves_lora() else fuse(self._layers)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from quantkit_kernels.act_quant import RowQuantizer
 from vllm_quantkit.errors import CheckpointError
@@ -94,6 +95,9 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
             for i, canonical in enumerate(parts)
         )
         self._loader.ledger.received.clear()
+        if isinstance(layer, ParallelLMHead) and compat.serves_lora():
+            # vLLM places a head's adapters by its weight's device and dtype, and reads no more.
+            layer.weight = Parameter(parts[0][Role.SCALES].new_empty(0, dtype=self._dtype), False)
         if self._loader.quantises:
             release_freed()
         self.context.ready(self.prefix, self._segments[0].kernel.name)

@@ -122,8 +122,10 @@ class Smoothing:
                     f"the activation statistics of {partitions[0]} are for {inputs.numel()} input "
                     f"channels, but the layer has {weights.numel()}; collect them from this model."
                 )
-            largest = (link.sharing.largest(values) for values in (inputs, weights))
-            self._factors[prefix] = smoothing_factors(*largest, self._alpha)
+            largest = link.sharing.largest
+            self._factors[prefix] = smoothing_factors(
+                largest(inputs), largest(weights), self._alpha
+            )
         return self._factors[prefix]
 
     def _column_maxima(self, prefix: str, partitions: tuple[str, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantkit_kernels.act_quant import RowQuantizer, quantize_rows
 from quantkit_kernels.scaled_mm import pack_scaled
+from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.formats import Role
 from vllm_quantkit.schemes.base import LinearScheme, PackedLayer
 from vllm_quantkit.schemes.wna16 import WNA16
@@ -27,14 +28,15 @@ class W8A8(LinearScheme):
         """Codes and scales to the layout of `quantkit::scaled_linear`.
 
         Raises:
-            ValueError: a scale is not finite, or groups do not start where this rank does.
+            ValueError: a scale is not finite, or this rank starts inside a group.
         """
         assert self.spec.activation is not None
         if self.spec.weight.code_type != "int" and lacks_fp8(parts[Role.CODES].device):
             reason = "weight-only because this GPU has no FP8 arithmetic"
             return WNA16(self.spec).pack_weight_only(parts, dtype, reason)
         quantizer = row_quantizer(self.spec.activation)
-        packed_weight = pack_scaled(self._weight(parts), quantizer, dtype)
+        own = own_groups(self._weight(parts), self.spec.weight.group_size)
+        packed_weight = pack_scaled(own, quantizer, dtype)
         optional = {
             "weight_sums": packed_weight.sums,
             "input_scale": parts.get(Role.INPUT_SCALE),
@@ -90,6 +92,30 @@ class W8A8Kernel:
             self.dtype,
         )
         return y
+
+
+def own_groups(weight: QuantizedWeight, group_size: int) -> QuantizedWeight:
+    """The weight with the scales of its own channels only, its groups counted from 0.
+
+    Raises:
+        ValueError: the channels start inside a group, whose other part another rank has; activation
+            groups start with the rank's first channel.
+    """
+    first, last = int(weight.group_index[0]), int(weight.group_index[-1])
+    index = weight.group_index - first
+    leading = int((index == 0).sum())
+    if last > first and leading < group_size:
+        raise ValueError(
+            f"this tensor-parallel rank has {leading} channels of its first block of "
+            f"{group_size}; choose a tensor-parallel size that cuts between blocks"
+        )
+    groups = slice(first, last + 1)
+    return replace(
+        weight,
+        scales=weight.scales[:, groups],
+        zeros=weight.zeros[:, groups],
+        group_index=index,
+    )
 
 
 def row_quantizer(spec: ActivationSpec) -> RowQuantizer:

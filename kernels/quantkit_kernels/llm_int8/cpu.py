@@ -43,8 +43,7 @@ def linear(
         return _multiply(x, codes, scales, sums, bias, out_features, x.dtype)
     rest = x.index_fill(1, columns, 0)
     y = _multiply(rest, codes, scales, sums, bias, out_features, torch.float32)
-    weight = gather_columns(codes, scales, columns)[:, :out_features]
-    return y.addmm_(x.index_select(1, columns).float(), weight).to(x.dtype)
+    return y.add_(outlier_product(x, codes, scales, columns)[:, :out_features]).to(x.dtype)
 
 
 def _multiply(
@@ -71,14 +70,14 @@ def find_outliers(x: Tensor, threshold: float) -> Tensor:
     return (~(x.abs().amax(0) <= threshold)).nonzero().flatten()
 
 
-def gather_columns(codes: Tensor, scales: Tensor, columns: Tensor) -> Tensor:
-    """W[:, columns]^T as float32 [O, N'], from panels of 32 columns.
+def outlier_product(x: Tensor, codes: Tensor, scales: Tensor, columns: Tensor) -> Tensor:
+    """x[:, columns] W[:, columns]^T, float32 [M, N'], with W in panels of 32 output columns.
 
     Channel 2 i + h of a word of four is its byte i + 2 h.
     """
     channel = columns % 4
     place = 8 * (channel // 2 + channel % 2 * 2)
     words = codes.index_select(1, columns // 4)  # [N' / 32, O, 32]
-    signed = (words << (24 - place)[:, None].int()) >> 24
-    values = signed.transpose(0, 1) * scales.transpose(0, 1)  # [O, N' / 32, 32]
-    return values.reshape(len(columns), -1)
+    words.bitwise_left_shift_((24 - place)[:, None].int()).bitwise_right_shift_(24)
+    y = x.index_select(1, columns).float() @ words.float()  # [N' / 32, M, 32]
+    return y.mul_(scales).transpose(0, 1).reshape(x.shape[0], -1)

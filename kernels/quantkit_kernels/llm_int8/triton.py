@@ -91,10 +91,12 @@ def flag(x: Tensor, threshold: float, outliers: Tensor | None) -> Tensor:
     flags = torch.zeros(k, dtype=torch.int32, device=x.device)
     if outliers is None:
         grid = (triton.cdiv(k, FLAG_COLUMNS), triton.cdiv(m, FLAG_TOKENS))
-        flag_outliers[grid](x, flags, m, k, threshold, BM=FLAG_TOKENS, BK=FLAG_COLUMNS)
+        size = {"BM": FLAG_TOKENS, "BK": FLAG_COLUMNS}
+        flag_outliers[grid](x, flags, m, k, threshold, **size, enable_fp_fusion=True)
     elif count := outliers.numel():
-        grid = (triton.cdiv(count, GIVEN_BLOCK),)
-        flag_given[grid](outliers.contiguous(), flags, count, k, BLOCK=GIVEN_BLOCK)
+        blocks = triton.cdiv(count, GIVEN_BLOCK)
+        given = outliers.contiguous()
+        flag_given[(blocks,)](given, flags, count, k, BLOCK=GIVEN_BLOCK, enable_fp_fusion=True)
     return flags
 
 

@@ -38,7 +38,7 @@ def flag_outliers(x_ptr, flags_ptr, M, K, threshold, BM: tl.constexpr, BK: tl.co
     tl.atomic_max(flags_ptr + columns, found, mask=found > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def flag_given(given_ptr, flags_ptr, count, K, BLOCK: tl.constexpr):
     """flags[k] = 1 for the `count` channels given.
 

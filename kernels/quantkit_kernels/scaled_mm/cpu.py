@@ -55,7 +55,7 @@ def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -
         group_size=group_size,
         in_features=in_features,
         out_features=out_features,
-        kernel=f"CPU {unit} panels (W8A8)",
+        kernel=f"CPU {unit} panels (W8A8 {'INT8' if is_int else weight.code_type.upper()})",
     )
 
 

@@ -1,8 +1,9 @@
 """CPU: codes unpacked in cache or registers, products summed in float32.
 
-Codes - zero-points are exact in bfloat16, and scales multiply each group's float32 sum, so the
-weight's value is never rounded to 16 bits. Activations wider than bfloat16 are split into bfloat16
-pieces whose sum is exact, or multiplied in float32 where the CPU has no bfloat16 instructions.
+Codes - zero-points, 8-bit floats and FP4 are exact in bfloat16, and scales multiply each group's
+float32 sum, so the weight's value is never rounded to 16 bits; NF4's alone is, with bfloat16
+activations. Activations wider than bfloat16 are split into bfloat16 pieces whose sum is exact, or
+multiplied in float32 where the CPU has no bfloat16 instructions.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
     zeros = weight.zeros.to(torch.int16) - centre
     has_zeros = code_type == "int" and bool(zeros.any())
     unit = host_kernel(_product(bits, code_type, dtype)).arithmetic.unit
+    suffix = "" if code_type == "int" else f" {code_type.upper()}"
     return PackedWeight(
         codes=pack_codes(weight.codes.to(torch.int32) - centre, bits),
         scales=panels(weight.scales.float() / BOOK_FACTOR.get(code_type, 1.0)),
@@ -52,7 +54,7 @@ def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
         group_size=weight.group_size,
         in_features=weight.in_features,
         out_features=weight.codes.shape[0],
-        kernel=f"CPU {unit} panels (W{bits}A16)",
+        kernel=f"CPU {unit} panels (W{bits}A16{suffix})",
         code_type=code_type,
     )
 

@@ -73,7 +73,7 @@ _ASM = {key: _look_up_asm(bits) for key, bits in _BITS.items()}
 
 
 @triton.constexpr_function
-def book_bits(code, bf16, residual):
+def book_bits(code: str, bf16: bool, residual: bool) -> tuple[int, ...]:
     """The 16 values of a code book as the bits of 16-bit floats.
 
     residual: instead, what rounding to 16 bits took from the values.
@@ -82,13 +82,13 @@ def book_bits(code, bf16, residual):
 
 
 @triton.constexpr_function
-def look_up_asm(code, bf16, residual):
+def look_up_asm(code: str, bf16: bool, residual: bool) -> str:
     """Assembly from a word of 8 codes, $4, to the pairs $0 .. $3."""
     return _ASM[code, bf16, residual]
 
 
 @triton.constexpr_function
-def float8_power(code, bf16):
+def float8_power(code: str, bf16: bool) -> int:
     """Bits of the 16-bit float 2**p by which the pairs of `float8_pair` are too small."""
     if bf16:
         return {"e4m3": 0x7B80, "e5m2": 0x7780}[code]  # 127 - 7, 127 - 15
