@@ -10,13 +10,16 @@ PY = $(VENV)/bin/python
 ENGINE_ENV = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compat lint types unit bench-cpu bench-serving env env-compat clean
+.PHONY: help demo qlora test test-compat lint types unit bench-cpu bench-serving env env-compat clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: env ## Serve a quantised model with vLLM, ask it, and measure what it cost (MODEL=... for another)
 	@$(PY) -m examples.demo --model $(MODEL)
+
+qlora: env ## Train a LoRA adapter on the quantised demo model, and serve it (half a minute)
+	@$(PY) -m examples.qlora --out .cache/qlora
 
 test: env lint types unit ## Lint, types, and all tests with the default vLLM
 

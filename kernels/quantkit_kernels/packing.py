@@ -74,6 +74,10 @@ def pack_aligned(codes: Tensor, bits: int) -> Tensor:
     """
     per_word = WORD_BITS // bits
     words = aligned_words(codes.shape[-1], bits)
+    if bits == 8:  # a word's bytes are its codes
+        missing = words * per_word - codes.shape[-1]
+        padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, missing))
+        return padded.reshape(-1).view(torch.int32).view(*codes.shape[:-1], words)
     packed = torch.zeros(*codes.shape[:-1], words, dtype=torch.int64, device=codes.device)
     for i in range(per_word):
         part = codes[..., i::per_word].to(torch.int64)

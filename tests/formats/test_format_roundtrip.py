@@ -101,7 +101,8 @@ def assert_round_trip(spec, shape, seed):
         # Some codes of 8-bit floats are NaN, which must stay NaN.
         torch.testing.assert_close(stored.double(), kept.double(), rtol=0, atol=0, equal_nan=True)
         assert torch.equal(values[tensor.role], before), "encode changed its input"
-        assert decoded.data_ptr() != stored.data_ptr()
+        # A 16-bit weight is read once, as it lies in the file; what is kept must be a copy.
+        assert (decoded.data_ptr() == stored.data_ptr()) == (tensor.role is Role.WEIGHT)
 
 
 sizes = st.integers(1, 70)

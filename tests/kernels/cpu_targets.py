@@ -6,9 +6,9 @@ import functools
 import re
 from typing import NamedTuple
 
-from quantkit_kernels.cpu_host import Kernel, Product, arithmetic_for, host_features
-from quantkit_kernels.cpu_native import Processor, assembly, host_processor
-from quantkit_kernels.cpu_worker import build_module
+from quantkit_kernels.cpu.host import Kernel, Product, arithmetic_for, host_features
+from quantkit_kernels.cpu.native import Processor, assembly, host_processor
+from quantkit_kernels.cpu.worker import build_module
 
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 

@@ -21,7 +21,7 @@ from quantkit_kernels.act_quant import (
 from quantkit_kernels.act_quant.cpu_kernel import build_module
 from quantkit_kernels.act_quant.cpu_values import Variant
 from quantkit_kernels.act_quant.source import Kind, Source
-from quantkit_kernels.cpu_native import Processor, assembly
+from quantkit_kernels.cpu.native import Processor, assembly
 from tests.kernels.act_quant_cases import (
     CASES,
     DTYPES,

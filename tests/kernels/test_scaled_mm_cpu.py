@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit_kernels.act_quant.rows import RowQuantizer, Rows, join_rows, split_rows
 from quantkit_kernels.code_types import CodeType, code_values
-from quantkit_kernels.cpu_host import Product
+from quantkit_kernels.cpu.host import Product
 from quantkit_kernels.scaled_mm import cpu, pack_scaled, reference_scaled_linear, scaled_linear
 from quantkit_kernels.wna16 import QuantizedWeight
 from tests.kernels.cpu_targets import (

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit_kernels.code_types import CodeType, code_values
-from quantkit_kernels.cpu_host import Product
+from quantkit_kernels.cpu.host import Product
 from quantkit_kernels.wna16 import QuantizedWeight, cpu, pack_weight, reference_linear, wna16_linear
 from tests.kernels.cpu_targets import (
     ARM,

@@ -12,6 +12,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 
 from quantkit_kernels.packing import pack_stream, stream_words, unpack_stream
 from vllm_quantkit.formats import Role
+from vllm_quantkit.formats._layout import BLOCK_ROWS, unpack_rows
 from vllm_quantkit.integration.sharding import RankShare, ShardId, load_rows
 from vllm_quantkit.spec import PER_CHANNEL, WeightSpec
 
@@ -82,8 +83,17 @@ class CanonicalParameters:
         if role is Role.GROUP_INDEX:
             return self._share.inputs(value)
         if role is Role.CODES:
-            return pack_stream(self._share.inputs(value), self._spec.bits)
+            return self._packed(self._share.inputs(value))
         return value
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        """uint8 [N, K] to the words that are kept, a few rows at a time: they take less memory."""
+        words = stream_words(codes.shape[1], self._spec.bits)
+        packed = torch.empty(len(codes), words, dtype=torch.int32, device=codes.device)
+        for start in range(0, len(codes), BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            packed[rows] = pack_stream(codes[rows], self._spec.bits)
+        return packed
 
     def parts(self, layer: Any, filled: Collection[Role]) -> list[dict[Role, Tensor]]:
         """Canonical tensors by role, for each run of rows that shares one group index.
@@ -97,7 +107,8 @@ class CanonicalParameters:
             role: getattr(layer, name).data for role, name in self.names.items() if role in filled
         }
         scales = params[Role.SCALES]
-        codes = unpack_stream(params[Role.CODES], self._spec.bits, self._share.in_features)
+        words, size = params[Role.CODES], self._share.in_features
+        codes = unpack_rows(unpack_stream, words, self._spec.bits, size)
         index = params.get(Role.GROUP_INDEX, self._natural_index(scales.device))
         zeros = params.get(Role.ZEROS, self._default_zeros(scales))
         whole = {Role.CODES: codes, Role.SCALES: scales, Role.ZEROS: zeros}

@@ -19,8 +19,8 @@ from quantkit_kernels.act_quant.cpu_math import Float
 from quantkit_kernels.act_quant.cpu_values import Variant
 from quantkit_kernels.act_quant.rows import RowQuantizer
 from quantkit_kernels.act_quant.source import Kind, Source, quantise_with
-from quantkit_kernels.cpu_ir import LANES
-from quantkit_kernels.cpu_native import Worker, host_processor
+from quantkit_kernels.cpu.ir import LANES
+from quantkit_kernels.cpu.native import Worker, host_processor
 
 FLOATS: dict[torch.dtype, Float] = {
     torch.float16: "f16",

@@ -22,7 +22,7 @@ from quantkit_kernels.act_quant.cpu_math import (
 from quantkit_kernels.act_quant.cpu_values import VECTOR_BYTES, Values, Variant, unrolled
 from quantkit_kernels.act_quant.reference import SMALLEST_SCALE
 from quantkit_kernels.act_quant.rows import LARGEST_CODE
-from quantkit_kernels.cpu_ir import (
+from quantkit_kernels.cpu.ir import (
     F32,
     I8,
     I32,

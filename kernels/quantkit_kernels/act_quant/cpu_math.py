@@ -7,19 +7,20 @@ from typing import Literal
 
 from llvmlite import ir
 
-from quantkit_kernels.cpu_ir import (
+from quantkit_kernels.cpu.ir import (
     I32,
     LANES,
+    VECTOR_F16,
     VECTOR_F32,
     VECTOR_I16,
     VECTOR_I32,
     Emitter,
+    to_bf16,
 )
 
 Float = Literal["f16", "bf16", "f32"]
 """How a float lies in memory."""
 
-VECTOR_F16 = ir.VectorType(ir.HalfType(), LANES)
 
 STORED = {"f16": VECTOR_F16, "bf16": VECTOR_I16, "f32": VECTOR_F32}
 """What is read and written; bfloat16 is handled as its bits."""
@@ -106,15 +107,6 @@ def narrow(e: Emitter, kind: Float, value: ir.Value) -> ir.Value:
     if kind == "f16":
         return e.b.fptrunc(value, VECTOR_F16)
     return to_bf16(e, value) if kind == "bf16" else value
-
-
-def to_bf16(e: Emitter, value: ir.Value) -> ir.Value:
-    """The bits of the nearest bfloat16."""
-    bits = bits_of(e, value)
-    odd = e.b.and_(e.b.lshr(bits, e.words(16)), e.words(1))
-    rounded = e.b.lshr(e.b.add(bits, e.b.add(odd, e.words(0x7FFF))), e.words(16))
-    is_nan = e.b.fcmp_unordered("uno", value, value)
-    return e.b.trunc(e.b.select(is_nan, e.words(0x7FC0), rounded), VECTOR_I16)
 
 
 def low_bits(e: Emitter, value: ir.Value) -> ir.Value:

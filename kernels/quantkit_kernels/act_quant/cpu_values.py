@@ -21,7 +21,7 @@ from quantkit_kernels.act_quant.cpu_math import (
 )
 from quantkit_kernels.act_quant.rows import RowCode
 from quantkit_kernels.act_quant.source import Kind
-from quantkit_kernels.cpu_ir import F32, I32, LANES, VECTOR_F32, Emitter
+from quantkit_kernels.cpu.ir import F32, I32, LANES, VECTOR_F32, Emitter
 
 VECTOR_BYTES = 4 * LANES
 """Bytes of a vector of float32."""

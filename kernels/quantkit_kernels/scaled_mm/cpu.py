@@ -15,10 +15,10 @@ from torch import Tensor
 
 from quantkit_kernels.act_quant.rows import RowCode, RowLayout, RowQuantizer
 from quantkit_kernels.code_types import CodeType
-from quantkit_kernels.cpu_arithmetic import PANEL, PANEL_BYTES
-from quantkit_kernels.cpu_host import ArgumentBlock, Kernel, Product, host_kernel
-from quantkit_kernels.cpu_panels import pack_codes, pad_bias, panels
-from quantkit_kernels.cpu_run import ALIGNMENT, Plan, address, new_block, plan, run
+from quantkit_kernels.cpu.arithmetic import PANEL, PANEL_BYTES
+from quantkit_kernels.cpu.host import ArgumentBlock, Kernel, Product, host_kernel
+from quantkit_kernels.cpu.panels import pack_codes, pad_bias, panels
+from quantkit_kernels.cpu.run import ALIGNMENT, Plan, address, new_block, plan, run
 from quantkit_kernels.scaled_mm.weights import INT8_ZERO, ScaledWeight, group_size_of
 from quantkit_kernels.wna16.weights import QuantizedWeight
 
@@ -32,7 +32,7 @@ BLOCK = 16
 
 
 def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -> ScaledWeight:
-    """Panels of 32 output columns, as in `cpu_panels`, for every `dtype` and CPU.
+    """Panels of 32 output columns, as in `cpu.panels`, for every `dtype` and CPU.
 
     codes: int32 [N/32, K' / 4, 32], code - 128 in two's complement, or the bits of an 8-bit float;
         K' is K padded with zeros to whole groups, or to equal chunks where a channel has one scale.
@@ -42,14 +42,13 @@ def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -
     out_features, in_features = weight.codes.shape
     group_size = group_size_of(weight)
     is_int = weight.code_type == "int"
-    codes = weight.codes.to(torch.int32) - (INT8_ZERO if is_int else 0)
+    centre = INT8_ZERO if is_int else 0
     groups, channels = cut(in_features, group_size, is_int)
-    padded = torch.nn.functional.pad(codes, (0, groups * channels - in_features))
     unit = host_kernel(Product(8, weight.code_type, quantizer.code)).arithmetic.unit
     return ScaledWeight(
-        codes=pack_codes(padded, 8),
+        codes=pack_codes(weight.codes, 8, centre=centre, columns=groups * channels),
         scales=panels(weight.scales.float()),
-        sums=panels(codes.sum(1, keepdim=True, dtype=torch.int32)) if is_int else None,
+        sums=panels(_column_sums(weight.codes)) if is_int else None,
         code_type=weight.code_type,
         quantizer=quantizer,
         group_size=group_size,
@@ -57,6 +56,12 @@ def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -
         out_features=out_features,
         kernel=f"CPU {unit} panels (W8A8 {'INT8' if is_int else weight.code_type.upper()})",
     )
+
+
+def _column_sums(codes: Tensor) -> Tensor:
+    """sum_k (codes[n, k] - 128): int32 [N, 1]."""
+    sums = codes.sum(1, keepdim=True, dtype=torch.int32)
+    return sums - INT8_ZERO * codes.shape[1]
 
 
 def cut(in_features: int, group_size: int, integers: bool) -> tuple[int, int]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.code_types import CodeType
-from quantkit_kernels.cpu_arithmetic import PANEL, PANEL_BYTES
-from quantkit_kernels.cpu_codes import BOOK_FACTOR
-from quantkit_kernels.cpu_host import Kernel, Product, host_kernel
-from quantkit_kernels.cpu_panels import pack_codes, pad_bias, panels
-from quantkit_kernels.cpu_run import address, new_block, plan, run
+from quantkit_kernels.cpu.arithmetic import PANEL, PANEL_BYTES
+from quantkit_kernels.cpu.codes import BOOK_FACTOR
+from quantkit_kernels.cpu.host import Kernel, Product, host_kernel
+from quantkit_kernels.cpu.panels import pack_codes, pad_bias, panels
+from quantkit_kernels.cpu.run import address, new_block, plan, run
 from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
 REGROUP_ROWS = 4
@@ -30,7 +30,7 @@ PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
-    """Panels of 32 output columns, as in `cpu_panels`.
+    """Panels of 32 output columns, as in `cpu.panels`.
 
     codes: int32 [N/32, K' * bits / 32, 32]; integers as the two's complement of code - centre.
     scales: float32 [N/32, G, 32], divided by `BOOK_FACTOR` where the code type has one.
@@ -46,7 +46,7 @@ def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
     unit = host_kernel(_product(bits, code_type, dtype)).arithmetic.unit
     suffix = "" if code_type == "int" else f" {code_type.upper()}"
     return PackedWeight(
-        codes=pack_codes(weight.codes.to(torch.int32) - centre, bits),
+        codes=pack_codes(weight.codes, bits, centre=centre, columns=weight.codes.shape[1]),
         scales=panels(weight.scales.float() / BOOK_FACTOR.get(code_type, 1.0)),
         zeros=panels(zeros.to(torch.int8)) if has_zeros else None,
         gather=weight.gather,

@@ -134,12 +134,8 @@ def make_uniform(weight: QuantizedWeight) -> UniformWeight:
     order = torch.argsort(weight.group_index, stable=True)
     columns, groups = _padded_columns(order, counts, group_size)
     in_features = weight.codes.shape[1]
-    padding = columns == in_features
-    codes = weight.codes[:, columns.clamp_max(in_features - 1)].masked_fill(
-        padding, zero_code(weight.code_type)
-    )
     return UniformWeight(
-        codes=codes,
+        codes=_gather_codes(weight, columns),
         scales=weight.scales[:, groups],
         zeros=weight.zeros[:, groups],
         gather=None if _in_order(columns, in_features) else columns.to(torch.int32),
@@ -148,6 +144,18 @@ def make_uniform(weight: QuantizedWeight) -> UniformWeight:
         container_bits=4 if weight.bits <= 4 else 8,
         code_type=weight.code_type,
     )
+
+
+def _gather_codes(weight: QuantizedWeight, columns: Tensor) -> Tensor:
+    """codes[:, columns], and a code whose value is 0 where a column reads channel K.
+
+    The codes themselves, not a copy, where nothing moves.
+    """
+    in_features = weight.codes.shape[1]
+    if columns.numel() == in_features and _in_order(columns, in_features):
+        return weight.codes
+    gathered = weight.codes[:, columns.clamp_max(in_features - 1)]
+    return gathered.masked_fill_(columns == in_features, zero_code(weight.code_type))
 
 
 def zero_code(code_type: CodeType) -> int:

@@ -10,9 +10,9 @@ import llvmlite.binding as llvm
 
 from quantkit_kernels.act_quant.rows import RowCode
 from quantkit_kernels.code_types import CodeType
-from quantkit_kernels.cpu_arithmetic import Arithmetic, Unit
-from quantkit_kernels.cpu_native import Processor, Worker, host_processor
-from quantkit_kernels.cpu_worker import FIELDS, build_module
+from quantkit_kernels.cpu.arithmetic import Arithmetic, Unit
+from quantkit_kernels.cpu.native import Processor, Worker, host_processor
+from quantkit_kernels.cpu.worker import FIELDS, build_module
 
 
 class Product(NamedTuple):
@@ -62,7 +62,7 @@ def host_features() -> set[str]:
 
 
 class ArgumentBlock(ctypes.Structure):
-    """The fields of `cpu_worker.FIELDS`; the counters start at 0."""
+    """The fields of `cpu.worker.FIELDS`; the counters start at 0."""
 
     _fields_ = tuple((name, ctypes.c_int64) for name in FIELDS)
 

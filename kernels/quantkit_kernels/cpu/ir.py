@@ -12,6 +12,7 @@ LANES = 16
 
 I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 F32 = ir.FloatType()
+VECTOR_F16 = ir.VectorType(ir.HalfType(), LANES)
 VECTOR_I8, VECTOR_I16, VECTOR_I32, VECTOR_F32 = (
     ir.VectorType(lane, LANES) for lane in (I8, I16, I32, F32)
 )
@@ -149,3 +150,12 @@ class Emitter:
         if offset:
             address = self.b.add(address, self.number(offset))
         return self.b.inttoptr(address, kind.as_pointer())
+
+
+def to_bf16(e: Emitter, value: ir.Value) -> ir.Value:
+    """The bits of the nearest bfloat16, half to even; NaN stays NaN."""
+    bits = e.b.bitcast(value, VECTOR_I32)
+    odd = e.b.and_(e.b.lshr(bits, e.words(16)), e.words(1))
+    rounded = e.b.lshr(e.b.add(bits, e.b.add(odd, e.words(0x7FFF))), e.words(16))
+    is_nan = e.b.fcmp_unordered("uno", value, value)
+    return e.b.trunc(e.b.select(is_nan, e.words(0x7FC0), rounded), VECTOR_I16)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from quantkit_kernels.cpu_arithmetic import Arithmetic
-from quantkit_kernels.cpu_codes import float8_to_float
-from quantkit_kernels.cpu_ir import (
+from quantkit_kernels.cpu.arithmetic import Arithmetic
+from quantkit_kernels.cpu.codes import float8_to_float
+from quantkit_kernels.cpu.ir import (
     LANES,
     VECTOR_F32,
     VECTOR_I8,

@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from quantkit_kernels.act_quant.rows import RowCode
 from quantkit_kernels.code_types import CodeType
-from quantkit_kernels.cpu_ir import LANES, VECTOR_F32, VECTOR_I32, Emitter
+from quantkit_kernels.cpu.ir import LANES, VECTOR_F32, VECTOR_I32, Emitter
 
 Unit = Literal["bf16", "vnni", "fma"]
 

@@ -6,7 +6,7 @@ import functools
 
 from llvmlite import ir
 
-from quantkit_kernels.cpu_arithmetic import (
+from quantkit_kernels.cpu.arithmetic import (
     LINE_BYTES,
     PANEL_BYTES,
     VECTORS,
@@ -15,8 +15,8 @@ from quantkit_kernels.cpu_arithmetic import (
     multiply_add,
     sum_type,
 )
-from quantkit_kernels.cpu_codes import Codes, Weights
-from quantkit_kernels.cpu_ir import F32, LANES, VECTOR_F32, VECTOR_I8, VECTOR_I32, Emitter
+from quantkit_kernels.cpu.codes import Codes, Weights
+from quantkit_kernels.cpu.ir import F32, LANES, VECTOR_F32, VECTOR_I8, VECTOR_I32, Emitter
 
 MAX_CHAINS = 4
 """Independent sums per output that hide the latency of a multiply-add when rows are few."""

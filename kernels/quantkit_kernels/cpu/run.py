@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quantkit_kernels.cpu_arithmetic import PANEL, PANEL_BYTES
-from quantkit_kernels.cpu_host import ArgumentBlock, Kernel
+from quantkit_kernels.cpu.arithmetic import PANEL, PANEL_BYTES
+from quantkit_kernels.cpu.host import ArgumentBlock, Kernel
 
 CHUNK_ROWS = 256
 """Most rows of a task: the activations of a group, the sums and the tile take 104 KiB of cache.

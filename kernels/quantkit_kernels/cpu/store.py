@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from quantkit_kernels.cpu_arithmetic import VECTORS, Arithmetic
-from quantkit_kernels.cpu_ir import F32, I32, VECTOR_F32, VECTOR_I16, VECTOR_I32, Emitter
+from quantkit_kernels.cpu.arithmetic import VECTORS, Arithmetic
+from quantkit_kernels.cpu.ir import F32, I32, VECTOR_F32, VECTOR_I32, Emitter, to_bf16
 
 
 def build_store(module: ir.Module, arithmetic: Arithmetic) -> ir.Function:
@@ -27,7 +27,7 @@ def build_store(module: ir.Module, arithmetic: Arithmetic) -> ir.Function:
                 e.store(value, out, v)
         with bfloat16:
             for value, v in zip(values, VECTORS, strict=True):
-                e.store(_to_bf16(e, value), out, v // 2, align=2)
+                e.store(to_bf16(e, value), out, v // 2, align=2)
     e.b.ret_void()
     return e.function
 
@@ -53,12 +53,3 @@ def _scaled_integers(
         scaled = e.b.fmul(whole, e.load(VECTOR_F32, scales, v))
         values.append(e.fma(scaled, factor, e.load(VECTOR_F32, bias, v)))
     return values
-
-
-def _to_bf16(e: Emitter, value: ir.Value) -> ir.Value:
-    """The bits of the nearest bfloat16, half to even; NaN stays NaN."""
-    bits = e.b.bitcast(value, VECTOR_I32)
-    odd = e.b.and_(e.b.lshr(bits, e.words(16)), e.words(1))
-    rounded = e.b.lshr(e.b.add(bits, e.b.add(odd, e.words(0x7FFF))), e.words(16))
-    is_nan = e.b.fcmp_unordered("uno", value, value)
-    return e.b.trunc(e.b.select(is_nan, e.words(0x7FC0), rounded), VECTOR_I16)

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from quantkit_kernels.cpu_arithmetic import PANEL, PANEL_BYTES, VECTORS, Arithmetic
-from quantkit_kernels.cpu_codes import Codes, Tile
-from quantkit_kernels.cpu_inner import build_multiply, build_unpack
-from quantkit_kernels.cpu_ir import F32, I64, LANES, VECTOR_F32, Emitter
-from quantkit_kernels.cpu_stage import build_stage
-from quantkit_kernels.cpu_store import build_store
+from quantkit_kernels.cpu.arithmetic import PANEL, PANEL_BYTES, VECTORS, Arithmetic
+from quantkit_kernels.cpu.codes import Codes, Tile
+from quantkit_kernels.cpu.inner import build_multiply, build_unpack
+from quantkit_kernels.cpu.ir import F32, I64, LANES, VECTOR_F32, Emitter
+from quantkit_kernels.cpu.stage import build_stage
+from quantkit_kernels.cpu.store import build_store
 
 COUNTERS = ("next_task", "next_slot", "next_stage")
 """The fields of the argument block that threads draw tasks and scratch slots from."""

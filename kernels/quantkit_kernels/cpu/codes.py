@@ -10,17 +10,18 @@ from typing import Protocol
 from llvmlite import ir
 
 from quantkit_kernels.code_types import CODE_BOOKS, FLOAT8_DTYPES, CodeType, code_values
-from quantkit_kernels.cpu_arithmetic import (
+from quantkit_kernels.cpu.arithmetic import (
     LINE_BYTES,
     PANEL_BYTES,
     VECTORS,
     Arithmetic,
     sum_type,
 )
-from quantkit_kernels.cpu_ir import (
+from quantkit_kernels.cpu.ir import (
     I8,
     I16,
     LANES,
+    VECTOR_F16,
     VECTOR_F32,
     VECTOR_I16,
     VECTOR_I32,
@@ -28,7 +29,6 @@ from quantkit_kernels.cpu_ir import (
 )
 
 HALVES, BYTES = ir.VectorType(I16, 2 * LANES), ir.VectorType(I8, 4 * LANES)
-VECTOR_F16 = ir.VectorType(ir.HalfType(), LANES)
 
 BOOK_FACTOR = {"nf4": 1.4375, "fp4": 12.0}
 """Code books are multiplied by this, and scales divided. FP4 becomes exact in bfloat16, and NF4,
