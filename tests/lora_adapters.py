@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -62,8 +63,6 @@ class AdaptedLinear(nn.Module):
 
 def with_adapter(reference: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """The reference model with the adapter on top of its linear layers, in place."""
-    from safetensors.torch import load_file
-
     tensors = load_file(adapter / "adapter_model.safetensors")
     for name in [key.removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]:
         A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]

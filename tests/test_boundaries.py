@@ -52,7 +52,7 @@ def test_kernels_know_neither_vllm_nor_the_plugin():
     assert importers("vllm", kernels) | importers("vllm_quantkit", kernels) == set()
 
 
-@pytest.mark.parametrize("package", ["schemes", "formats", "quantize"])
+@pytest.mark.parametrize("package", ["schemes", "formats", "quantize", "finetune"])
 def test_what_is_not_integration_knows_neither_vllm_nor_triton(package):
     files = within(f"vllm_quantkit/{package}")
     assert importers("vllm", files) | importers("triton", files) == set()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -247,3 +248,21 @@ def test_a_checkpoint_of_another_model_is_refused(pair):
     config.write_text(json.dumps({**content, "num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=r"layers\.2\..* is not in the checkpoint"):
         load_frozen(pair.quantized)
+
+
+def test_tensors_that_the_model_does_not_have_are_told(pair, caplog):
+    edit_tensors(pair.quantized, lambda tensors: tensors | {"model.rotary": torch.ones(4)})
+    load_frozen(pair.quantized)
+    assert "model.rotary is not in the model and left out (1 such tensors)" in caplog.text
+
+
+def test_a_damaged_scale_is_refused(pair):
+    name = "model.layers.1.mlp.up_proj"
+    edit_tensors(pair.quantized, lambda t: t | {f"{name}.scales": t[f"{name}.scales"] * torch.nan})
+    with pytest.raises(CheckpointError, match=rf"{name} has a scale that is not finite"):
+        load_frozen(pair.quantized)
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})

@@ -125,7 +125,9 @@ def _load_rest(
     plain = [name for name in headers if not _is_quantised(name, quantised)]
     known = model.state_dict().keys()
     if unknown := sorted(set(plain) - known):
-        logger.warning("%d tensors are not in the model: %s ...", len(unknown), unknown[0])
+        logger.warning(
+            "%s is not in the model and left out (%d such tensors).", unknown[0], len(unknown)
+        )
     for name, tensor in read_tensors(headers, [name for name in plain if name in known]).items():
         value = tensor.to(dtype) if tensor.is_floating_point() else tensor
         model.load_state_dict({name: value}, strict=False, assign=True)
