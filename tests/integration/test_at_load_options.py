@@ -25,7 +25,7 @@ MIXED = {
     "refine": "hqq",
     "ignore": [r".*\.0\.self_attn\.o_proj"],
     "layers": {
-        r".*down_proj": {"method": "quantkit-int8"},
+        r".*down_proj": {"method": "quantkit-int8", "refine": "clip"},
         r".*\.1\.self_attn": {"method": "quantkit-smoothquant"},
         r".*\.1\.mlp\.(gate|up)_proj": None,
     },
@@ -42,6 +42,7 @@ def test_patterns_choose_the_scheme_of_each_layer(llama, engines: EngineHost):
 
     assert re.search(r"2 layers run .*4 bits, group 64", log)
     assert re.search(r"2 layers run .*8 bits, group 64", log)  # the model's group size holds
+    assert re.search(r"to 4 bits, group 64, half-quadratic grids \(hqq\); relative weight err", log)
     assert re.search(r"2 layers run .*dynamic INT8 activations per token", log)
     assert (
         "2 linear layers stay in 16 bits: model.layers.0.self_attn.o_proj, "
@@ -62,6 +63,10 @@ REFUSED = {
     "another method's option": (
         {"refine": "clip"},
         "refine = 'clip' means nothing to quantkit-fp8; it takes weight_scales, activation_scales",
+    ),
+    "HQQ without zero-points": (
+        {"layers": {".*": {"method": "quantkit-int8", "refine": "hqq"}}},
+        "refine = 'hqq' moves zero-points, but symmetric weights have none",
     ),
     "no regular expression": ({"ignore": ["("]}, "'(' is not a regular expression"),
     "no such method": ({"layers": {".*": {"method": "int5"}}}, "method = 'int5' is unknown"),

@@ -17,7 +17,9 @@ from vllm_quantkit.integration.report import LoadReport
 from vllm_quantkit.integration.smoothing import Smoothing
 from vllm_quantkit.options import Options
 from vllm_quantkit.quantize.activation_stats import read_activation_stats
+from vllm_quantkit.quantize.data_free import relative_error
 from vllm_quantkit.schemes import Method
+from vllm_quantkit.spec import SchemeSpec
 
 logger = init_logger("vllm.quantkit")
 
@@ -82,12 +84,15 @@ class LoadContext:
         known = [self._stats[name] for name in stored if name in self._stats]
         return None if not known else max_of(known)
 
-    def arrived(self, label: str, weight: Tensor, quantized: QuantizedWeight, error: float) -> None:
-        """A 16-bit weight was quantised."""
-        made = (quantized.codes, quantized.scales, quantized.zeros)
-        bits = quantized.codes.numel() * quantized.bits // 8
-        self.report.memory.arrived(weight.nbytes, bits + sum(t.nbytes for t in made[1:]))
-        self.report.quantised(label, error)
+    def arrived(
+        self, label: str, spec: SchemeSpec, weight: Tensor, quantized: QuantizedWeight
+    ) -> None:
+        """A 16-bit weight was quantised as `spec` says."""
+        codes = quantized.codes.numel() * quantized.bits // 8
+        made = codes + quantized.scales.nbytes
+        made += 0 if spec.weight.symmetric else quantized.zeros.nbytes
+        self.report.memory.arrived(weight.nbytes, made)
+        self.report.quantised(label, spec, relative_error(weight, quantized))
 
     def ready(self, prefix: str, kernel: str) -> None:
         """A layer is packed; after the last one the model is completed and loading summarised."""

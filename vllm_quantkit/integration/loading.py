@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from quantkit_kernels.wna16 import QuantizedWeight
-from vllm_quantkit.errors import CheckpointError
+from vllm_quantkit.errors import CheckpointError, ConfigError
 from vllm_quantkit.formats import CheckpointTensor, Role
 from vllm_quantkit.integration.canonical import MADE_AT_LOAD, CanonicalParameters, WeightLoader
 from vllm_quantkit.integration.sharding import QKV, RankShare, ShardId, expected_outputs
-from vllm_quantkit.quantize.data_free import relative_error
 from vllm_quantkit.schemes import LinearScheme
-from vllm_quantkit.spec import LayerShape
+from vllm_quantkit.spec import LayerShape, SchemeSpec
 
 
 class Surroundings(Protocol):
@@ -34,8 +33,10 @@ class Surroundings(Protocol):
         `has_last` is True where the layer's last partition is among them.
         """
 
-    def arrived(self, label: str, weight: Tensor, quantized: QuantizedWeight, error: float) -> None:
-        """A 16-bit weight was quantised, with this relative error."""
+    def arrived(
+        self, label: str, spec: SchemeSpec, weight: Tensor, quantized: QuantizedWeight
+    ) -> None:
+        """A 16-bit weight was quantised as `spec` says."""
 
 
 @dataclass
@@ -197,6 +198,8 @@ class LayerLoader:
                 made = {tensor.role: tensor.decode(loaded.to(device))}
             if tensor.role is Role.WEIGHT:
                 made = self._quantize(made[Role.WEIGHT], shard, label)
+        except ConfigError:
+            raise
         except ValueError as error:
             raise CheckpointError(f"{label} cannot be decoded: {error}") from error
         if tensor.role is Role.SHAPE:
@@ -210,7 +213,7 @@ class LayerLoader:
         has_last = len(self._share.partitions) - 1 in self._slots(shard)
         weight = self._around.smoothed(weight, self._share.prefix, has_last=has_last)
         quantized = self._scheme.quantize(weight)
-        self._around.arrived(label, weight, quantized, relative_error(weight, quantized))
+        self._around.arrived(label, self._scheme.spec, weight, quantized)
         made = {
             Role.CODES: quantized.codes,
             Role.SCALES: quantized.scales,

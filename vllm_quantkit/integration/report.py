@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -13,9 +13,18 @@ from vllm_quantkit.integration import compat
 from vllm_quantkit.integration.memory import MemoryWatch
 from vllm_quantkit.integration.names import LayerNames, shorten
 from vllm_quantkit.options import Options
+from vllm_quantkit.spec import SchemeSpec
 
 # vLLM formats and levels only loggers below its own name.
 logger = init_logger("vllm.quantkit")
+
+
+GRIDS = {
+    "none": "grids over the full range",
+    "clip": "grids of least squared error (clip)",
+    "hqq": "half-quadratic grids (hqq)",
+}
+"""`quantize.data_free.Refinement` in words."""
 
 
 @dataclass
@@ -40,7 +49,7 @@ class LoadReport:
     memory: MemoryWatch = field(default_factory=MemoryWatch)
     _expected: set[str] = field(default_factory=set)
     _ready: dict[str, str] = field(default_factory=dict)
-    _errors: dict[str, float] = field(default_factory=dict)
+    _errors: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     _unquantized: list[str] = field(default_factory=list)
     _told: bool = False
 
@@ -54,9 +63,10 @@ class LoadReport:
         """A linear layer stays in 16 bits."""
         self._unquantized.append(prefix)
 
-    def quantised(self, label: str, error: float) -> None:
-        """A 16-bit weight was quantised, with this relative error."""
-        self._errors[label.removesuffix(".weight")] = error
+    def quantised(self, label: str, spec: SchemeSpec, error: float) -> None:
+        """A 16-bit weight was quantised as `spec` says, with this relative error."""
+        what = f"{spec.weight.describe()}, {GRIDS[spec.variant]}"
+        self._errors[what][label.removesuffix(".weight")] = error
 
     def check_bias(self, layer: nn.Module, partitions: Iterable[str]) -> None:
         """No checkpoint bias is lost, see `LayerNames.check_no_bias`."""
@@ -101,8 +111,10 @@ class LoadReport:
     def _summarise(self) -> None:
         for kernel, count in Counter(self._ready.values()).most_common():
             logger.info("%s: %d layers run %s.", self.method, count, kernel)
+        for what, errors in self._errors.items():
+            self._tell_errors(what, errors)
         if self._errors:
-            self._tell_errors()
+            logger.info("%s: %s.", self.method, self.memory.describe())
         if self._unquantized:
             logger.warning(
                 "%s: %d linear layers stay in 16 bits: %s.",
@@ -111,13 +123,13 @@ class LoadReport:
                 shorten(self._unquantized),
             )
 
-    def _tell_errors(self) -> None:
-        worst = max(self._errors, key=self._errors.__getitem__)
+    def _tell_errors(self, what: str, errors: Mapping[str, float]) -> None:
+        worst = max(errors, key=errors.__getitem__)
         logger.info(
-            "%s: quantised at load; relative weight error %.2f %% on average, %.2f %% in %s.",
+            "%s: quantised at load to %s; relative weight error %.2f %% on average, %.2f %% in %s.",
             self.method,
-            100 * sum(self._errors.values()) / len(self._errors),
-            100 * self._errors[worst],
+            what,
+            100 * sum(errors.values()) / len(errors),
+            100 * errors[worst],
             worst,
         )
-        logger.info("%s: %s.", self.method, self.memory.describe())

@@ -28,7 +28,8 @@ def quantize_data_free(weight: Tensor, spec: WeightSpec, refine: Refinement) -> 
     Args:
         weight: float [N, K].
         spec: the numerics; integers in groups or channels, or 8-bit floats.
-        refine: how integer grids are found; 8-bit floats always take the full range.
+        refine: how integer grids are found, `hqq` for asymmetric ones; 8-bit floats always take
+            the full range.
 
     Raises:
         QuantkitError: the weight is not finite.
@@ -72,7 +73,7 @@ def _quantize_rows(
         scales, zeros = minmax_scales(groups, spec.bits, symmetric=spec.symmetric)
     else:
         scales, zeros = find_grid(groups, spec, clip=True, scale_dtype=torch.float32)
-    if refine == "hqq" and not spec.symmetric:
+    if refine == "hqq":
         scales, refined = refine_grid(groups, scales, zeros.float(), spec.bits)
         zeros = refined.to(torch.uint8)
     codes = quantize_codes(groups, scales, zeros, spec.bits).flatten(1)[:, : weight.shape[1]]

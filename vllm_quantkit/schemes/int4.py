@@ -1,11 +1,11 @@
 """INT4 weight-only made at load, without data: grids of least squared error, or HQQ."""
 
-from vllm_quantkit.errors import ConfigError
 from vllm_quantkit.options import LayerOptions
 from vllm_quantkit.schemes.base import Method
+from vllm_quantkit.schemes.integers_at_load import OPTIONS, weight_only
 from vllm_quantkit.spec import SchemeSpec, WeightSpec
 
-GROUP_SIZE = 128
+GROUPS = WeightSpec(bits=4, group_size=128, symmetric=False)
 
 
 class Int4(Method):
@@ -14,7 +14,7 @@ class Int4(Method):
     name = "quantkit-int4"
     dialects = ("compressed-tensors", "awq", "gptq", "gptq_v2")
     contents = "4-bit integer weights with 16-bit activations"
-    options = ("group_size", "symmetric", "refine")
+    options = OPTIONS
 
     @classmethod
     def serves(cls, spec: SchemeSpec) -> bool:
@@ -27,19 +27,6 @@ class Int4(Method):
         """Asymmetric groups of 128, each clipped to its range of least squared error.
 
         Raises:
-            ConfigError: HQQ is asked for without zero-points, which it moves.
+            ConfigError: see `weight_only`.
         """
-        if options.refine == "hqq" and options.symmetric:
-            raise ConfigError(
-                "--additional-config quantkit: refine = 'hqq' moves zero-points, but symmetric = "
-                "true has none; use refine 'clip', or leave symmetric out."
-            )
-        return SchemeSpec(
-            dialect="16-bit",
-            variant=options.refine or "clip",
-            weight=WeightSpec(
-                bits=4,
-                group_size=options.group_size or GROUP_SIZE,
-                symmetric=bool(options.symmetric),
-            ),
-        )
+        return weight_only(options, GROUPS, "clip")

@@ -2,7 +2,10 @@
 
 from vllm_quantkit.options import LayerOptions
 from vllm_quantkit.schemes.base import Method
+from vllm_quantkit.schemes.integers_at_load import OPTIONS, weight_only
 from vllm_quantkit.spec import PER_CHANNEL, SchemeSpec, WeightSpec
+
+CHANNELS = WeightSpec(bits=8, group_size=PER_CHANNEL, symmetric=True)
 
 
 class Int8(Method):
@@ -11,7 +14,7 @@ class Int8(Method):
     name = "quantkit-int8"
     dialects = ("compressed-tensors", "gptq", "gptq_v2")
     contents = "8-bit integer weights with 16-bit activations"
-    options = ("group_size", "symmetric", "refine")
+    options = OPTIONS
 
     @classmethod
     def serves(cls, spec: SchemeSpec) -> bool:
@@ -21,12 +24,9 @@ class Int8(Method):
 
     @classmethod
     def at_load(cls, options: LayerOptions) -> SchemeSpec:
-        """Symmetric, one scale per channel; 8 bits gain nothing from a search."""
-        symmetric = True if options.symmetric is None else options.symmetric
-        return SchemeSpec(
-            dialect="16-bit",
-            variant=options.refine or "none",
-            weight=WeightSpec(
-                bits=8, group_size=options.group_size or PER_CHANNEL, symmetric=symmetric
-            ),
-        )
+        """Symmetric, one scale per channel; 8 bits gain nothing from a search.
+
+        Raises:
+            ConfigError: see `weight_only`.
+        """
+        return weight_only(options, CHANNELS, "none")
