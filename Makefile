@@ -7,6 +7,8 @@ COMPAT_CPU ?= 0.27.1
 COMPAT_CUDA ?= 0.26.0
 MODEL ?= examples/tiny-lm
 PY = $(VENV)/bin/python
+WORKERS ?= 2
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile
 ENGINE_ENV = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
 .DEFAULT_GOAL := help
@@ -24,7 +26,7 @@ qlora: env ## Train a LoRA adapter on the quantised demo model, and serve it (ha
 test: env lint types unit ## Lint, types, and all tests with the default vLLM
 
 test-compat: env-compat ## The engine tests with the oldest vLLM served
-	$(ENGINE_ENV) $(COMPAT_VENV)/bin/python -m pytest -q tests/integration
+	$(ENGINE_ENV) $(COMPAT_VENV)/bin/python $(PYTEST) -q tests/integration
 
 lint: env
 	$(VENV)/bin/ruff check .
@@ -34,7 +36,7 @@ types: env
 	$(VENV)/bin/mypy
 
 unit: env
-	$(ENGINE_ENV) $(PY) -m pytest --cov --cov-report=term:skip-covered
+	$(ENGINE_ENV) $(PY) $(PYTEST) --cov --cov-report=term:skip-covered
 
 bench-cpu: env ## Time the CPU kernels against ATen, vLLM and bf16
 	$(PY) -m benchmarks.cpu_linear
