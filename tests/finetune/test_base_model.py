@@ -19,9 +19,9 @@ from quantkit_kernels.packing import stream_words
 from quantkit_kernels.wna16 import QuantizedWeight
 from tests.bitsandbytes_encoder import encode
 from tests.helpers import QuantizedPair, block_linears, quantized_checkpoint
+from tests.integration.at_load import AT_LOAD
+from tests.integration.eight_bit import CASES, write_quantised
 from tests.integration.schemes import awq, compressed, gptq, ruled_checkpoint
-from tests.integration.test_at_load import AT_LOAD
-from tests.integration.test_eight_bit_dialects import CASES, write_quantised
 from tests.lora_adapters import PROJECTIONS, RANK, random_adapter
 from tests.reference_model import quantize_as_at_load
 from tests.tiny_models import create_tiny_model

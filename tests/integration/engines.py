@@ -22,6 +22,10 @@ ENVIRONMENT = {
 }
 
 
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+"""Environment of an engine of two ranks, a core each."""
+
+
 @dataclass(frozen=True)
 class EngineResult:
     """What an engine answered, in the order asked, and what quantkit logged."""

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.integration.engines import EngineFailed, EngineHost
+from tests.integration.at_load import check
+from tests.integration.engines import TWO_RANKS, EngineFailed, EngineHost
 from tests.integration.reference import PERPLEXITY_TOLERANCE, Scores, perplexity
-from tests.integration.test_at_load import check
-from tests.integration.test_tensor_parallel import TWO_RANKS
 from tests.tiny_models import create_tiny_model
 
 pytestmark = pytest.mark.engine

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.integration.eight_bit import CASES, write_quantised
 from tests.integration.engines import EngineFailed, EngineHost
-from tests.integration.test_eight_bit_dialects import CASES, write_quantised
 from tests.tiny_models import create_tiny_model
 
 pytestmark = pytest.mark.engine

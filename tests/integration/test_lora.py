@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from quantkit_kernels.wna16 import QuantizedWeight
 from tests.helpers import quantized_checkpoint
-from tests.integration.engines import EngineFailed, EngineHost
+from tests.integration.at_load import AT_LOAD
+from tests.integration.engines import TWO_RANKS, EngineFailed, EngineHost
 from tests.integration.layers import ROWS, check_layers
 from tests.integration.reference import (
     FLIPPED_TOLERANCE,
@@ -23,8 +24,6 @@ from tests.integration.reference import (
     token_scores,
 )
 from tests.integration.schemes import awq, compressed, gptq, ruled_checkpoint
-from tests.integration.test_at_load import AT_LOAD
-from tests.integration.test_tensor_parallel import TWO_RANKS
 from tests.lora_adapters import random_adapter, with_adapter
 from tests.reference_model import load_reference, merged_outputs, quantize_as_at_load
 from tests.tiny_models import create_tiny_model

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.engines import EngineHost
+from tests.integration.engines import TWO_RANKS, EngineHost
 from tests.integration.reference import assert_same_scores, prompts, twin_scores
 from tests.integration.schemes import compressed, gptq, ruled_checkpoint
 from tests.tiny_models import create_tiny_model
@@ -13,7 +13,6 @@ from vllm_quantkit.spec import LayerRules, SchemeSpec
 
 pytestmark = pytest.mark.engine
 
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 VOCABULARY = 500  # padded to 512, so that only the second rank holds padding
 
 CASES = {
