@@ -97,28 +97,29 @@ def serves(config: Mapping[str, Any], rules: LayerRules, hf_config: Any) -> bool
     return _parses(str(config["quant_method"]), config) and all(
         _has_kernel(scheme.weight, (hidden, hidden), dtype)
         if scheme.is_packed
-        else _multiplies_bytes(scheme)
+        else _has_path(scheme)
         for scheme in rules.schemes
     )
 
 
-def _multiplies_bytes(scheme: SchemeSpec) -> bool:
-    """True where vLLM has a path for a layer with 8-bit codes.
+def _has_path(scheme: SchemeSpec) -> bool:
+    """True where a vLLM that knows the dialect has a path for the layer.
 
     On a CPU, 0.27 to 0.32 have W8A8 in integers, and FP8 from compressed-tensors with scales per
-    channel and token; static, per-tensor and block FP8 and weight-only layers fail there.
+    channel and token; static, per-tensor and block FP8, weight-only layers and bitsandbytes fail
+    there.
     """
     from vllm.platforms import current_platform
 
     weight, activation = scheme.weight, scheme.activation
-    if weight.code_type not in ("int", "e4m3"):
+    if weight.code_type == "e5m2":
         return False
     if not current_platform.is_cpu():
         return True
-    if activation is None:
+    if activation is None or scheme.dialect == "bitsandbytes":
         return False
     if weight.code_type == "int":
-        return activation.outlier_threshold is None
+        return True
     per_token = activation.dynamic and activation.group_size == PER_TOKEN
     per_channel = weight.group_size == PER_CHANNEL and weight.scale_rows == 1
     return scheme.dialect == "compressed-tensors" and per_channel and per_token
