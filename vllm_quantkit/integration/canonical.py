@@ -95,6 +95,13 @@ class CanonicalParameters:
             packed[rows] = pack_stream(codes[rows], self._spec.bits)
         return packed
 
+    def _unpacked(self, words: Tensor) -> Tensor:
+        """The inverse of `_packed`; of 8 bits a view, since a word's bytes are its codes."""
+        bits, size = self._spec.bits, self._share.in_features
+        if bits == 8:
+            return words.view(torch.uint8)[:, :size]
+        return unpack_rows(unpack_stream, words, bits, size)
+
     def parts(self, layer: Any, filled: Collection[Role]) -> list[dict[Role, Tensor]]:
         """Canonical tensors by role, for each run of rows that shares one group index.
 
@@ -107,8 +114,7 @@ class CanonicalParameters:
             role: getattr(layer, name).data for role, name in self.names.items() if role in filled
         }
         scales = params[Role.SCALES]
-        words, size = params[Role.CODES], self._share.in_features
-        codes = unpack_rows(unpack_stream, words, self._spec.bits, size)
+        codes = self._unpacked(params[Role.CODES])
         index = params.get(Role.GROUP_INDEX, self._natural_index(scales.device))
         zeros = params.get(Role.ZEROS, self._default_zeros(scales))
         whole = {Role.CODES: codes, Role.SCALES: scales, Role.ZEROS: zeros}
