@@ -154,9 +154,9 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         """
         if self._context is None:
             method, options = self.method(), read_options(compat.additional_config())
-            if self.rules is None:
+            if self.report.at_load:
                 self.rules = load_rules(method, options)
-            elif not self.report.at_load:
+            else:
                 refuse_load_options(method, options)
             self.report.options = options
             self._context = LoadContext(method, options, self.names, self.report)
