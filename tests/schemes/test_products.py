@@ -7,6 +7,7 @@ import torch
 
 from quantkit_kernels.act_quant import RowQuantizer, quantize_rows, reference_quantize
 from quantkit_kernels.wna16 import QuantizedWeight
+from vllm_quantkit.errors import UnsupportedScheme
 from vllm_quantkit.formats import Role
 from vllm_quantkit.options import LayerOptions
 from vllm_quantkit.quantize.data_free import quantize_data_free, relative_error
@@ -98,7 +99,7 @@ def test_a_rank_that_cuts_a_block_is_refused():
     parts[Role.CODES] = parts[Role.CODES][:, 64:192].contiguous()
     parts[Role.GROUP_INDEX] = parts[Role.GROUP_INDEX][64:192]
 
-    with pytest.raises(ValueError, match="tensor-parallel"):
+    with pytest.raises(UnsupportedScheme, match="tensor-parallel"):
         scheme.pack(parts, torch.float32)
 
 

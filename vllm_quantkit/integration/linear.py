@@ -11,7 +11,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from quantkit_kernels.act_quant import RowQuantizer
-from vllm_quantkit.errors import CheckpointError
+from vllm_quantkit.errors import CheckpointError, UnsupportedScheme
 from vllm_quantkit.formats import Role
 from vllm_quantkit.integration import compat
 from vllm_quantkit.integration.context import LoadContext
@@ -82,6 +82,7 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
         Raises:
             CheckpointError: a tensor is missing or holds values no kernel can use.
+            UnsupportedScheme: this rank's share of the layer is one that no kernel multiplies.
         """
         if not self._dummy:
             self._loader.check_complete()
@@ -127,6 +128,8 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def _pack(self, canonical: dict[Role, Tensor]) -> PackedLayer:
         try:
             return self.scheme.pack(canonical, self._dtype)
+        except UnsupportedScheme as error:
+            raise UnsupportedScheme(f"layer {self.prefix} cannot be served: {error}.") from error
         except ValueError as error:
             raise CheckpointError(
                 f"layer {self.prefix} cannot be served: {error}. The checkpoint is damaged: "

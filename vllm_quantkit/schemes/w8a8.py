@@ -12,6 +12,7 @@ from torch import Tensor
 from quantkit_kernels.act_quant import RowQuantizer, quantize_rows
 from quantkit_kernels.scaled_mm import pack_scaled
 from quantkit_kernels.wna16 import QuantizedWeight
+from vllm_quantkit.errors import UnsupportedScheme
 from vllm_quantkit.formats import Role
 from vllm_quantkit.schemes.base import LinearScheme, PackedLayer
 from vllm_quantkit.schemes.wna16 import WNA16
@@ -28,7 +29,8 @@ class W8A8(LinearScheme):
         """Codes and scales to the layout of `quantkit::scaled_linear`.
 
         Raises:
-            ValueError: a scale is not finite, or this rank starts inside a group.
+            ValueError: a scale is not finite.
+            UnsupportedScheme: this rank starts inside a group.
         """
         assert self.spec.activation is not None
         if self.spec.weight.code_type != "int" and lacks_fp8(parts[Role.CODES].device):
@@ -98,14 +100,14 @@ def own_groups(weight: QuantizedWeight, group_size: int) -> QuantizedWeight:
     """The weight with the scales of its own channels only, its groups counted from 0.
 
     Raises:
-        ValueError: the channels start inside a group, whose other part another rank has; activation
-            groups start with the rank's first channel.
+        UnsupportedScheme: the channels start inside a group, whose other part another rank has;
+            activation groups start with the rank's first channel.
     """
     first, last = int(weight.group_index[0]), int(weight.group_index[-1])
     index = weight.group_index - first
     leading = int((index == 0).sum())
     if last > first and leading < group_size:
-        raise ValueError(
+        raise UnsupportedScheme(
             f"this tensor-parallel rank has {leading} channels of its first block of "
             f"{group_size}; choose a tensor-parallel size that cuts between blocks"
         )
