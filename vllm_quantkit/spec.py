@@ -53,6 +53,11 @@ class WeightSpec(Frozen):
     code_type: CodeType = "int"
     scale_rows: int = Field(default=1, ge=-1)
 
+    @property
+    def default_zero(self) -> int:
+        """The zero-point where none is stored: the middle of integers, nothing for others."""
+        return 2 ** (self.bits - 1) if self.code_type == "int" else 0
+
     def num_groups(self, in_features: int) -> int:
         """ceil(in_features / group_size), or 1 per channel."""
         return 1 if self.group_size == PER_CHANNEL else -(-in_features // self.group_size)

@@ -12,9 +12,10 @@ from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.checkpoint import QuantisedLayer, TensorHeader
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.formats import Role
+from vllm_quantkit.quantize.rtn import group_width
 from vllm_quantkit.schemes import LinearScheme
 from vllm_quantkit.schemes.linear import linear_scheme
-from vllm_quantkit.spec import PER_CHANNEL, LayerShape, WeightSpec
+from vllm_quantkit.spec import LayerShape, WeightSpec
 
 Headers = Mapping[str, TensorHeader]
 
@@ -80,10 +81,9 @@ def _with_defaults(name: str, parts: Mapping[Role, Tensor], spec: WeightSpec) ->
             f"or save the model again."
         )
     in_features = codes.shape[1]
-    size = in_features if spec.group_size == PER_CHANNEL else spec.group_size
-    middle = 2 ** (spec.bits - 1) if spec.code_type == "int" else 0
-    zeros = parts.get(Role.ZEROS, torch.full_like(scales, middle))
-    index = parts.get(Role.GROUP_INDEX, torch.arange(in_features) // size)
+    in_order = torch.arange(in_features) // group_width(spec, in_features)
+    zeros = parts.get(Role.ZEROS, torch.full_like(scales, spec.default_zero))
+    index = parts.get(Role.GROUP_INDEX, in_order)
     return QuantizedWeight(
         codes, scales, zeros.to(torch.uint8), index.to(torch.int32), spec.bits, spec.code_type
     )

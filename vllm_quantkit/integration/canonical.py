@@ -150,8 +150,7 @@ class CanonicalParameters:
         return torch.zeros(count, *sizes.get(role, (1,)), dtype=BY_PARTITION[role])
 
     def _default_zeros(self, scales: Tensor) -> Tensor:
-        middle = 2 ** (self._spec.bits - 1) if self._spec.code_type == "int" else 0
-        return torch.full_like(scales, middle, dtype=torch.int32)
+        return torch.full_like(scales, self._spec.default_zero, dtype=torch.int32)
 
     def _natural_index(self, device: torch.device) -> Tensor:
         """k // group_size of this rank's channels, int32 [partitions, K]."""

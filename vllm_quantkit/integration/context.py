@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
@@ -82,7 +83,7 @@ class LoadContext:
         """float32 [K], the largest |x| of each input channel, where statistics are given."""
         stored = [self._names.checkpoint_name(name) or name for name in partitions]
         known = [self._stats[name] for name in stored if name in self._stats]
-        return None if not known else max_of(known)
+        return torch.stack(known).amax(0) if known else None
 
     def arrived(
         self, label: str, spec: SchemeSpec, weight: Tensor, quantized: QuantizedWeight
@@ -124,11 +125,3 @@ class LoadContext:
         if fused:
             did.append(f"{fused} norms and activations quantise for the layer behind them")
         return "; ".join(did) + "." if did else ""
-
-
-def max_of(tensors: list[Tensor]) -> Tensor:
-    """The largest of each element."""
-    largest = tensors[0]
-    for tensor in tensors[1:]:
-        largest = largest.maximum(tensor)
-    return largest

@@ -7,16 +7,14 @@ describes them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
-from types import ModuleType
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from quantkit_kernels.act_quant.rows import PER_TENSOR, PER_TOKEN, RowCode, RowQuantizer
 from quantkit_kernels.act_quant.source import Source
-
-ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from quantkit_kernels.devices import ACTIVATION_DTYPES, DISPATCH, backend, check_activations
 
 _HOW = "Tensor? scale, Tensor? zero, str code, int group_size, bool symmetric, float upper_bound"
 _NORM = "Tensor weight, float epsilon"
@@ -170,8 +168,7 @@ def _quantizer(
 
 
 def _check_inputs(x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None) -> None:
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise ValueError(f"activations of {x.dtype} are not served; use one of {ACTIVATION_DTYPES}")
+    check_activations(x.dtype)
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -202,22 +199,6 @@ def _parse(how: How) -> RowQuantizer:
     return _quantizer(*fields, scale is not None, zero is not None)
 
 
-@cache
-def _backend(device_type: str) -> ModuleType:
-    """The module that runs on a kind of device; imported when first needed."""
-    if device_type == "cpu":
-        from quantkit_kernels.act_quant import cpu
-
-        return cpu
-    if device_type == "cuda":
-        from quantkit_kernels.act_quant import triton
-
-        return triton
-    from quantkit_kernels.act_quant import generic
-
-    return generic
-
-
 def _rows(x: Tensor) -> Tensor:
     """x as [M, K] with contiguous rows; a copy only where it has to be one."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -237,7 +218,7 @@ def _implementations(device_type: str) -> dict[str, Callable[..., object]]:
     """Op to what runs on a kind of device."""
 
     def run(source: Source, x: Tensor, how: How) -> Tensor:
-        rows = _backend(device_type).quantise(source, _parse(how), how[0], how[1])
+        rows = backend("act_quant", device_type).quantise(source, _parse(how), how[0], how[1])
         return _shaped(rows, x)
 
     def quantize(x: Tensor, *how: *How) -> Tensor:
@@ -266,7 +247,7 @@ def _implementations(device_type: str) -> dict[str, Callable[..., object]]:
     return dict(zip(SCHEMAS, functions, strict=True))
 
 
-for _device_type, _dispatch in (("cpu", "cpu"), ("cuda", "cuda"), ("generic", "default")):
+for _device_type, _dispatch in DISPATCH.items():
     for _name, _function in _implementations(_device_type).items():
         torch.library.impl(f"quantkit::{_name}", _dispatch, _function)
 

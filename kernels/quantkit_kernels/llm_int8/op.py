@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from quantkit_kernels.devices import DISPATCH, backend, check_activations
 from quantkit_kernels.llm_int8.reference import ROWS
 from quantkit_kernels.scaled_mm import pack_scaled
 from quantkit_kernels.wna16 import QuantizedWeight
-
-ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 torch.library.define(
     "quantkit::llm_int8_linear",
@@ -61,8 +58,7 @@ def pack_llm_int8(weight: QuantizedWeight, dtype: torch.dtype) -> LlmInt8Weight:
     Raises:
         ValueError: the weight or the dtype is none of these.
     """
-    if dtype not in ACTIVATION_DTYPES:
-        raise ValueError(f"activations of {dtype} are not served; use one of {ACTIVATION_DTYPES}")
+    check_activations(dtype)
     if weight.bits != 8 or weight.code_type != "int" or weight.scales.shape[1] != 1:
         raise ValueError(
             f"the weight has {weight.bits}-bit {weight.code_type!r} codes with "
@@ -150,8 +146,7 @@ def check_arguments(
     """
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} channels, but the weight takes {in_features}")
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise ValueError(f"activations of {x.dtype} are not served; use one of {ACTIVATION_DTYPES}")
+    check_activations(x.dtype)
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out_features},)")
     if outliers is not None and (outliers.dtype != torch.int32 or outliers.dim() != 1):
@@ -161,22 +156,6 @@ def check_arguments(
         )
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold}; it must be positive (the paper's is 6)")
-
-
-@cache
-def _backend(device_type: str) -> ModuleType:
-    """The module that runs on a kind of device; imported when first needed."""
-    if device_type == "cpu":
-        from quantkit_kernels.llm_int8 import cpu
-
-        return cpu
-    if device_type == "cuda":
-        from quantkit_kernels.llm_int8 import triton
-
-        return triton
-    from quantkit_kernels.llm_int8 import generic
-
-    return generic
 
 
 def _implementation(device_type: str) -> Callable[..., Tensor]:
@@ -194,12 +173,12 @@ def _implementation(device_type: str) -> Callable[..., Tensor]:
         check_arguments(x, outliers, bias, threshold, in_features, out_features)
         sizes = (threshold, in_features, out_features)
         rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-        linear = _backend(device_type).linear
+        linear = backend("llm_int8", device_type).linear
         y: Tensor = linear(rows, codes, scales, sums, outliers, bias, *sizes)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 
     return run
 
 
-for _device_type, _dispatch in (("cpu", "cpu"), ("cuda", "cuda"), ("generic", "default")):
+for _device_type, _dispatch in DISPATCH.items():
     torch.library.impl("quantkit::llm_int8_linear", _dispatch, _implementation(_device_type))

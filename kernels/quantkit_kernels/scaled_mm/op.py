@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from types import ModuleType
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from quantkit_kernels.act_quant.rows import RowCode, RowQuantizer
+from quantkit_kernels.devices import ACTIVATION_DTYPES, DISPATCH, backend
 from quantkit_kernels.scaled_mm.weights import (
     ScaledWeight,
     check_codes,
@@ -18,8 +18,6 @@ from quantkit_kernels.scaled_mm.weights import (
     check_weight,
 )
 from quantkit_kernels.wna16.weights import QuantizedWeight
-
-OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 torch.library.define(
     "quantkit::scaled_linear",
@@ -45,7 +43,9 @@ def pack_scaled(
     """
     _check_dtype(dtype)
     check_weight(weight, quantizer)
-    packed: ScaledWeight = _backend(weight.codes.device.type).pack(weight, quantizer, dtype)
+    packed: ScaledWeight = backend("scaled_mm", weight.codes.device.type).pack(
+        weight, quantizer, dtype
+    )
     return packed
 
 
@@ -140,23 +140,8 @@ def _row_stride(
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"results of {dtype} are not served; use one of {OUTPUT_DTYPES}")
-
-
-def _backend(device_type: str) -> ModuleType:
-    """The module that packs for and runs on a kind of device; imported when first needed."""
-    if device_type == "cpu":
-        from quantkit_kernels.scaled_mm import cpu
-
-        return cpu
-    if device_type == "cuda":
-        from quantkit_kernels.scaled_mm import triton
-
-        return triton
-    from quantkit_kernels.scaled_mm import generic
-
-    return generic
+    if dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"results of {dtype} are not served; use one of {ACTIVATION_DTYPES}")
 
 
 def _implementation(device_type: str) -> Callable[..., Tensor]:
@@ -177,12 +162,12 @@ def _implementation(device_type: str) -> Callable[..., Tensor]:
         kinds, sizes = (code_type, row_code, row_group), (group_size, in_features, out_features)
         check_arguments(rows, bias, *kinds, *sizes, dtype)
         flat = rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
-        linear = _backend(device_type).linear
+        linear = backend("scaled_mm", device_type).linear
         y: Tensor = linear(flat, codes, scales, sums, bias, *kinds, *sizes, dtype)
         return y if rows.dim() == 2 else y.reshape(*rows.shape[:-1], out_features)
 
     return run
 
 
-for _device_type, _dispatch in (("cpu", "cpu"), ("cuda", "cuda"), ("generic", "default")):
+for _device_type, _dispatch in DISPATCH.items():
     torch.library.impl("quantkit::scaled_linear", _dispatch, _implementation(_device_type))

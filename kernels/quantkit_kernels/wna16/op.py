@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from quantkit_kernels.devices import DISPATCH, backend, check_activations
 from quantkit_kernels.wna16.weights import (
     CONTAINER_OF,
     PackedWeight,
     QuantizedWeight,
     make_uniform,
 )
-
-ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 torch.library.define(
     "quantkit::wna16_linear",
@@ -34,9 +32,10 @@ def pack_weight(weight: QuantizedWeight, dtype: torch.dtype) -> PackedWeight:
     Raises:
         ValueError: the dtype is none of these, or the weight's group index is out of range.
     """
-    if dtype not in ACTIVATION_DTYPES:
-        raise ValueError(f"activations of {dtype} are not served; use one of {ACTIVATION_DTYPES}")
-    packed: PackedWeight = _backend(weight.codes.device.type).pack(make_uniform(weight), dtype)
+    check_activations(dtype)
+    packed: PackedWeight = backend("wna16", weight.codes.device.type).pack(
+        make_uniform(weight), dtype
+    )
     return packed
 
 
@@ -109,23 +108,7 @@ def check_arguments(
             f"codes of type {code_type} in {bits} bits are not served; use int, or one of "
             f"{', '.join(f'{name} in {width}' for name, width in CONTAINER_OF.items())}"
         )
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise ValueError(f"activations of {x.dtype} are not served; use one of {ACTIVATION_DTYPES}")
-
-
-def _backend(device_type: str) -> ModuleType:
-    """The module that packs for and runs on a kind of device; imported when first needed."""
-    if device_type == "cpu":
-        from quantkit_kernels.wna16 import cpu
-
-        return cpu
-    if device_type == "cuda":
-        from quantkit_kernels.wna16 import triton
-
-        return triton
-    from quantkit_kernels.wna16 import generic
-
-    return generic
+    check_activations(x.dtype)
 
 
 def _implementation(device_type: str) -> Callable[..., Tensor]:
@@ -145,11 +128,13 @@ def _implementation(device_type: str) -> Callable[..., Tensor]:
         check_arguments(x, bias, bits, in_features, out_features, code_type)
         kind = (bits, group_size, in_features, out_features, code_type)
         rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-        y: Tensor = _backend(device_type).linear(rows, codes, scales, zeros, gather, bias, *kind)
+        y: Tensor = backend("wna16", device_type).linear(
+            rows, codes, scales, zeros, gather, bias, *kind
+        )
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 
     return run
 
 
-for _device_type, _dispatch in (("cpu", "cpu"), ("cuda", "cuda"), ("generic", "default")):
+for _device_type, _dispatch in DISPATCH.items():
     torch.library.impl("quantkit::wna16_linear", _dispatch, _implementation(_device_type))
