@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -49,8 +50,12 @@ def make_pair(config: LlamaConfig, folder: Path) -> tuple[Path, Path]:
     if not quantized.exists():
         plain, packed = _random_weights(config)
         _write(original, config, plain, None)
-        _write(quantized, config, packed, get_format("awq").render(AWQ, ("lm_head",)))
+        _write(quantized, config, packed, _awq_config(config))
     return original, quantized
+
+
+def _awq_config(config: LlamaConfig) -> dict[str, Any]:
+    return get_format("awq").render(dict.fromkeys(_linear_shapes(config), AWQ), ("lm_head",))
 
 
 def _random_weights(config: LlamaConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -64,7 +69,7 @@ def _random_weights(config: LlamaConfig) -> tuple[dict[str, Tensor], dict[str, T
         plain[f"{name}.weight"] = weight.bfloat16()
         parts = {
             Role.CODES: codes.flatten(1),
-            Role.SCALES: scales.squeeze(-1),
+            Role.SCALES: scales.squeeze(-1).half(),
             Role.ZEROS: zeros.squeeze(-1),
         }
         for tensor in get_format("awq").tensors(AWQ, shape):

@@ -59,7 +59,8 @@ def quantized_checkpoint(
         weight = output_major(linear)
         order = torch.randperm(weight.shape[1], generator=generator)
         layers[name] = rtn(weight, scheme.weight, order=order if scheme.weight.act_order else None)
-    config = {"quantization_config": get_format(scheme.dialect).render(scheme, ignore)}
+    schemes = dict.fromkeys(layers, scheme)
+    config = {"quantization_config": get_format(scheme.dialect).render(schemes, ignore)}
     write_checkpoint(model_dir, out_dir / "quantized", exchange_layers(layers, scheme), config)
     twin = dequantized_weights(model, linears, layers)
     write_checkpoint(model_dir, out_dir / "twin", twin, {"dtype": "float32"})

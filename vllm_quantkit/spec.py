@@ -13,7 +13,7 @@ from quantkit_kernels.act_quant.rows import PER_TENSOR, PER_TOKEN, RowCode
 from quantkit_kernels.code_types import CodeType
 
 Dialect = Literal[
-    "awq", "gptq", "compressed-tensors", "fp8", "fbgemm_fp8", "bitsandbytes", "16-bit"
+    "awq", "gptq", "compressed-tensors", "fp8", "fbgemm_fp8", "bitsandbytes", "quantkit", "16-bit"
 ]
 """How the checkpoint names and lays out a layer's tensors; `16-bit` is quantised on arrival."""
 

@@ -153,7 +153,7 @@ def test_transposed_weights_biases_and_tied_heads(family, tmp_path):
 
 def test_a_quantised_head(llama, tmp_path):
     scheme = gptq(4, 64, symmetric=True)
-    config = {**get_format("gptq").render(scheme, ignore=()), "lm_head": True}
+    config = get_format("gptq").render({"lm_head": scheme}, ignore=())
     rules = LayerRules(default=scheme, lm_head=scheme)
     pair = ruled_checkpoint(llama, rules, config, tmp_path / "pair")
 

@@ -114,7 +114,7 @@ def test_null_skip_list_and_quantised_head():
 
 
 def test_render_declares_zero_points_always():
-    assert awq.parse(awq.render(spec(symmetric=True), ())).default == spec()
-    rules = awq.parse(awq.render(spec(group_size=-1), ("router",)))
+    assert awq.parse(awq.render({"c": spec(symmetric=True)}, ())).default == spec()
+    rules = awq.parse(awq.render({"c": spec(group_size=-1)}, ("router",)))
     assert rules.default == spec(group_size=-1)
     assert rules.scheme_for("model.layers.0.mlp.router") is None

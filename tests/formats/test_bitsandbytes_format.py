@@ -79,7 +79,7 @@ def test_a_skip_list_without_the_head_quantises_it():
 
 @pytest.mark.parametrize("threshold", [6.0, None])
 def test_render_is_what_parse_and_transformers_read(threshold):
-    written = fmt.render(int8_spec(threshold), ("a.b",))
+    written = fmt.render({"c": int8_spec(threshold)}, ("a.b",))
     rules = fmt.parse(written)
     assert rules.default == int8_spec(threshold)
     assert rules.scheme_for("lm_head") is None
@@ -91,7 +91,7 @@ def test_render_is_what_parse_and_transformers_read(threshold):
 
 def test_four_bits_are_not_written():
     with pytest.raises(UnsupportedScheme, match="read, but not written"):
-        fmt.render(four_spec(), ())
+        fmt.render({"c": four_spec()}, ())
 
 
 def test_refuses_what_the_dialect_cannot_store():

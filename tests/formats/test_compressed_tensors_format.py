@@ -184,7 +184,7 @@ def test_format_per_group():
     "written", [spec(), spec(bits=3, group_size=-1, symmetric=False), spec(act_order=True)]
 )
 def test_render_is_what_parse_reads(written):
-    rules = fmt.parse(fmt.render(written, ("a.b", r"re:.*\.gate$")))
+    rules = fmt.parse(fmt.render({"c": written}, ("a.b", r"re:.*\.gate$")))
     assert rules.default == written
     for name in ("a.b", "x.gate", "lm_head"):
         assert rules.scheme_for(name) is None

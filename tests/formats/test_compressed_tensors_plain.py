@@ -249,7 +249,7 @@ def test_parse(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_render_is_what_parse_and_the_library_read(name):
     spec = PUBLISHED[name][1]
-    written = fmt.render(spec, ("a.b",))
+    written = fmt.render({"c": spec}, ("a.b",))
     rules = fmt.parse(written)
     assert rules.default == spec
     assert rules.scheme_for("a.b") is None

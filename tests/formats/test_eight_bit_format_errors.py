@@ -163,4 +163,4 @@ def test_no_config_is_in_16_bits():
     with pytest.raises(UnsupportedScheme, match=r"no quantization_config.*--quantization"):
         fmt.parse({})
     with pytest.raises(UnsupportedScheme, match=r"no quantization_config.*--quantization"):
-        fmt.render(None, ())
+        fmt.render({}, ())

@@ -56,11 +56,15 @@ EIGHT_BITS = [
     eight_bits("bitsandbytes", ActivationSpec(code="int8"), code_type="int"),
     eight_bits("bitsandbytes", None, bits=4, group_size=16, code_type="nf4"),
     eight_bits("16-bit", None),
+    eight_bits("quantkit", ActivationSpec(code="e4m3")),
+    eight_bits("quantkit", STATIC_ASYMMETRIC, code_type="int"),
+    eight_bits("quantkit", None, **BLOCKS),
+    eight_bits("quantkit", None, bits=4, group_size=16, code_type="nf4"),
 ]
 
 
 def canonical(spec, shape, seed):
-    """Random canonical tensors of a layer, by role; scales are exact in float16."""
+    """Random canonical tensors of a layer, by role; scales are exact in every dtype."""
     generator = torch.Generator().manual_seed(seed)
     N, K = shape.out_features, shape.in_features
     G, top = spec.weight.num_groups(K), 2**spec.weight.bits
@@ -68,7 +72,7 @@ def canonical(spec, shape, seed):
     first = torch.arange(N) // height * height  # the row whose scales this one shares
     return {
         Role.CODES: torch.randint(top, (N, K), generator=generator, dtype=torch.uint8),
-        Role.SCALES: torch.rand(N, G, generator=generator).half().float()[first],
+        Role.SCALES: torch.randint(1, 256, (N, G), generator=generator)[first] / 256,
         Role.ZEROS: torch.randint(top, (N, G), generator=generator, dtype=torch.uint8)[first],
         Role.GROUP_INDEX: torch.randint(G, (K,), generator=generator, dtype=torch.int32),
         Role.SHAPE: torch.tensor([N, K]),
@@ -90,19 +94,31 @@ def assert_round_trip(spec, shape, seed):
     values = canonical(spec, shape, seed)
     for tensor in get_format(spec.dialect).tensors(spec, shape):
         before = values[tensor.role].clone()
-        stored = tensor.encode(values[tensor.role])
-        assert tuple(stored.shape) == tensor.shape
-        assert stored.dtype == tensor.dtypes[0]
-        assert stored.is_contiguous()
-        kept = stored.clone()
-        decoded = tensor.decode(stored)
-        assert decoded.dtype == before.dtype
-        torch.testing.assert_close(decoded, before, rtol=0, atol=0)
-        # Some codes of 8-bit floats are NaN, which must stay NaN.
-        torch.testing.assert_close(stored.double(), kept.double(), rtol=0, atol=0, equal_nan=True)
+        dtypes = {before.dtype}
+        # Scales are stored in the dtype that they are given in, SCB times 127.
+        if tensor.role is Role.SCALES and tensor.name != "SCB":
+            dtypes = SCALE_DTYPES & {*tensor.dtypes}
+        for dtype in dtypes:
+            assert_decoded(tensor, values[tensor.role].to(dtype), before)
         assert torch.equal(values[tensor.role], before), "encode changed its input"
-        # A 16-bit weight is read once, as it lies in the file; what is kept must be a copy.
-        assert (decoded.data_ptr() == stored.data_ptr()) == (tensor.role is Role.WEIGHT)
+
+
+SCALE_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
+
+
+def assert_decoded(tensor, value, before):
+    stored = tensor.encode(value)
+    assert tuple(stored.shape) == tensor.shape
+    assert stored.dtype == (value.dtype if tensor.role is Role.SCALES else tensor.dtypes[0])
+    assert stored.is_contiguous()
+    kept = stored.clone()
+    decoded = tensor.decode(stored)
+    assert decoded.dtype == before.dtype
+    torch.testing.assert_close(decoded, before, rtol=0, atol=0)
+    # Some codes of 8-bit floats are NaN, which must stay NaN.
+    torch.testing.assert_close(stored.double(), kept.double(), rtol=0, atol=0, equal_nan=True)
+    # A 16-bit weight is read once, as it lies in the file; what is kept must be a copy.
+    assert (decoded.data_ptr() == stored.data_ptr()) == (tensor.role is Role.WEIGHT)
 
 
 sizes = st.integers(1, 70)
@@ -135,6 +151,29 @@ def test_gptq(*, bits, group_size, variant, act_order, N, K, seed):
 )
 def test_compressed_tensors(*, bits, group_size, act_order, N, K, seed):
     spec = scheme("compressed-tensors", bits=bits, group_size=group_size, act_order=act_order)
+    assert_round_trip(spec, LayerShape(out_features=N, in_features=K), seed)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    bits=st.integers(2, 8),
+    group_size=st.sampled_from(GROUP_SIZES),
+    symmetric=st.booleans(),
+    act_order=st.booleans(),
+    scale_rows=st.sampled_from((1, 8, ALL_ROWS)),
+    N=sizes,
+    K=sizes,
+    seed=seeds,
+)
+def test_quantkit(*, bits, group_size, symmetric, act_order, scale_rows, N, K, seed):
+    weight = WeightSpec(
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        act_order=act_order,
+        scale_rows=scale_rows,
+    )
+    spec = SchemeSpec(dialect="quantkit", weight=weight)
     assert_round_trip(spec, LayerShape(out_features=N, in_features=K), seed)
 
 
@@ -181,15 +220,18 @@ def test_gemv_per_channel():
         (scheme("awq", act_order=True), (16, 64)),
         (scheme("gptq", bits=5), (16, 64)),
         (scheme("gptq", variant="marlin"), (16, 64)),
+        (eight_bits("quantkit", None, bits=4), (16, 64)),
+        (eight_bits("quantkit", None, code_type="fp4"), (16, 64)),
+        (eight_bits("quantkit", None, symmetric=False), (16, 64)),
     ],
 )
 def test_refuses_what_the_dialect_cannot_store(spec, shape):
     size = LayerShape(out_features=shape[0], in_features=shape[1])
-    with pytest.raises(UnsupportedScheme, match=r"Use |Quantise again|Keep the layer"):
+    with pytest.raises(UnsupportedScheme, match=r"Use |Quantise again|Keep the layer|Choose other"):
         get_format(spec.dialect).tensors(spec, size)
 
 
-@pytest.mark.parametrize("dialect", ["awq", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("dialect", ["awq", "gptq", "compressed-tensors", "quantkit"])
 def test_encode_refuses_values_that_spill_into_their_neighbours(dialect):
     spec, shape = scheme(dialect), LayerShape(out_features=16, in_features=64)
     for tensor in get_format(dialect).tensors(spec, shape):
@@ -208,6 +250,7 @@ def test_encode_refuses_values_that_spill_into_their_neighbours(dialect):
         (scheme("gptq", bits=4), (16, 64)),
         (scheme("compressed-tensors", bits=3, group_size=32), (7, 64)),
         (scheme("compressed-tensors", bits=4, group_size=-1), (7, 64)),
+        (scheme("quantkit", bits=3, group_size=32), (7, 64)),
         *((spec, (7, 64)) for spec in EIGHT_BITS if spec.weight.code_type != "nf4"),
     ],
 )

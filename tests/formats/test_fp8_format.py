@@ -181,7 +181,7 @@ def test_stored_bound_must_be_the_configs():
 )
 def test_render_is_what_parse_reads(spec):
     fmt = get_format(spec.dialect)
-    rules = fmt.parse(fmt.render(spec, ("a.b",)))
+    rules = fmt.parse(fmt.render({"c": spec}, ("a.b",)))
     assert rules.default == spec
     assert rules.scheme_for("model.a.b.c") is None
     assert rules.scheme_for("lm_head") is None
@@ -201,13 +201,15 @@ def test_refuses_what_the_dialect_cannot_store(spec):
     with pytest.raises(UnsupportedScheme, match=r"cannot store 8 bits .* Use the dialect 'compre"):
         fmt.tensors(spec, LayerShape(out_features=8, in_features=8))
     with pytest.raises(UnsupportedScheme, match="cannot store 8 bits"):
-        fmt.render(spec, ())
+        fmt.render({"c": spec}, ())
 
 
 def test_transformers_reads_what_we_render():
-    block = FineGrainedFP8Config(**get_format("fp8").render(fp8(BLOCKS, group_size=128), ("a",)))
+    block = FineGrainedFP8Config(
+        **get_format("fp8").render({"c": fp8(BLOCKS, group_size=128)}, ("a",))
+    )
     assert (block.activation_scheme, block.weight_block_size) == ("dynamic", [128, 128])
     assert block.modules_to_not_convert == ["a", "lm_head"]
-    meta = FbgemmFp8Config.from_dict(get_format("fbgemm_fp8").render(fbgemm(), ("a",)))
+    meta = FbgemmFp8Config.from_dict(get_format("fbgemm_fp8").render({"c": fbgemm()}, ("a",)))
     assert meta.activation_scale_ub == 1200.0
     assert meta.modules_to_not_convert == ["a", "lm_head"]

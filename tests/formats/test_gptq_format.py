@@ -190,7 +190,7 @@ def test_only_listed_modules_are_quantised(nested):
     "written", [spec(), spec("gptq_v2", bits=3, symmetric=False), spec(act_order=True, bits=2)]
 )
 def test_render_is_what_parse_reads(written):
-    rules = gptq.parse(gptq.render(written, ("lm_head", "a.b", r"re:.*\.gate$")))
+    rules = gptq.parse(gptq.render({"c": written}, ("lm_head", "a.b", r"re:.*\.gate$")))
     assert rules.default == written
     assert rules.scheme_for("a.b") is None
     assert rules.scheme_for("axb") == written

@@ -153,7 +153,7 @@ def write_quantised(case: Case, model_dir: Path, out: Path) -> Any:
     }
     inputs = {name: static_inputs(spec, i) for i, name in enumerate(weights)}
     inputs = {name: stored for name, stored in inputs.items() if stored}
-    config = {**get_format(spec.dialect).render(spec, ()), **case.config}
+    config = {**get_format(spec.dialect).render(dict.fromkeys(weights, spec), ()), **case.config}
     exchange = exchange_layers(weights, spec, inputs)
     write_checkpoint(model_dir, out, exchange, {"quantization_config": config})
     layers = {name: (weight, spec) for name, weight in weights.items()}

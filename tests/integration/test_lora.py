@@ -127,7 +127,7 @@ def test_an_adapter_over_a_quantised_checkpoint(flag, llama, adapter, tmp_path, 
 def test_an_adapter_over_a_quantised_head(llama, adapter, tmp_path, engines: EngineHost):
     """vLLM asks the head of a model with adapters for its weight, though no adapter is for it."""
     scheme = gptq(4, 64, symmetric=True)
-    config = {**get_format("gptq").render(scheme, ignore=()), "lm_head": True}
+    config = get_format("gptq").render({"lm_head": scheme}, ignore=())
     rules = LayerRules(default=scheme, lm_head=scheme)
     pair = ruled_checkpoint(llama, rules, config, tmp_path / "pair")
     asked = prompts()

@@ -31,10 +31,9 @@ CASES = {
 def checkpoint(scheme: SchemeSpec, extra: dict[str, int], out: Path):
     """A quantised model whose head is quantised too, where the dialect allows it."""
     model = create_tiny_model("llama", out / "model", vocab_size=VOCABULARY, **extra)
-    config = get_format(scheme.dialect).render(scheme, ignore=())
-    head = None
-    if scheme.dialect == "gptq":
-        config, head = {**config, "lm_head": True}, scheme
+    head = scheme if scheme.dialect == "gptq" else None
+    names = ("model.layers.0.mlp.up_proj", *(("lm_head",) if head else ()))
+    config = get_format(scheme.dialect).render(dict.fromkeys(names, scheme), ignore=())
     return ruled_checkpoint(model, LayerRules(default=scheme, lm_head=head), config, out / "pair")
 
 

@@ -14,6 +14,7 @@ FORMATS = {
     "fp8": "vllm_quantkit.formats.fp8",
     "fbgemm_fp8": "vllm_quantkit.formats.fbgemm_fp8",
     "bitsandbytes": "vllm_quantkit.formats.bitsandbytes",
+    "quantkit": "vllm_quantkit.formats.quantkit",
     "16-bit": "vllm_quantkit.formats.sixteen_bit",
 }
 """Dialect to module. All but `16-bit` are a checkpoint's `quant_method`."""

@@ -112,8 +112,8 @@ def decode_scales(stored: Tensor) -> Tensor:
 
 
 def encode_scales(scales: Tensor) -> Tensor:
-    """A copy in float16."""
-    return scales.to(torch.float16, copy=True)
+    """A copy in the dtype they have."""
+    return scales.clone(memory_format=torch.contiguous_format)
 
 
 def size_of(stored: Tensor) -> Tensor:

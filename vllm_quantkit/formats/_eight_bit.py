@@ -132,8 +132,8 @@ def decode_scales(stored: Tensor, rows: int, groups: int, height: int) -> Tensor
 
 
 def encode_scales(scales: Tensor, height: int, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of `decode_scales`, in float32."""
-    return gather_rows(scales, height).reshape(shape).to(torch.float32, copy=True)
+    """Inverse of `decode_scales`, in the dtype they have."""
+    return gather_rows(scales, height).reshape(shape).clone()
 
 
 def spread_rows(stored: Tensor, rows: int, groups: int, height: int) -> Tensor:

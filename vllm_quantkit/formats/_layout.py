@@ -31,8 +31,8 @@ def decode_transposed(stored: Tensor) -> Tensor:
 
 
 def encode_transposed(scales: Tensor) -> Tensor:
-    """stored[g, n] = scales[n, g], in float16."""
-    return scales.t().to(torch.float16, copy=True).contiguous()
+    """stored[g, n] = scales[n, g], in the dtype they have."""
+    return scales.t().clone(memory_format=torch.contiguous_format)
 
 
 def decode_index(stored: Tensor) -> Tensor:
@@ -43,6 +43,22 @@ def decode_index(stored: Tensor) -> Tensor:
 def pad_columns(values: Tensor, width: int) -> Tensor:
     """`values` with zeros appended to every row until it is `width` long."""
     return torch.nn.functional.pad(values, (0, width - values.shape[-1]))
+
+
+def representable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scales` in `dtype`, which loses nothing.
+
+    Raises:
+        ValueError: codes were made for scales that `dtype` cannot hold.
+    """
+    stored = scales.to(dtype)
+    lost = stored.to(scales.dtype) != scales
+    if bool(lost.any()):
+        raise ValueError(
+            f"{int(lost.sum())} of {scales.numel()} scales cannot be stored in {dtype} as they "
+            f"are, such as {scales[lost][0].item()!r}; make the codes for scales rounded to it"
+        )
+    return stored
 
 
 def check_below(values: Tensor, limit: int, what: str) -> None:

@@ -12,6 +12,9 @@
     qzeros [n, w] = sum_j zeros[n, 8 w + j] << 4 j             int32 [N, P/8]
     scales [n, g]                                              fp16  [N, P]
 
+What loads where, besides here: vLLM in-tree takes `gemm` in groups (on CPUs, too), transformers
+through GPTQModel. Engines in bfloat16 that keep scales in the activations' dtype round ours.
+
 Sources: https://github.com/casper-hansen/AutoAWQ (`awq/modules/linear/gemm.py`, `gemv.py`, and
 `awq/utils/module.py` for the substring rule of `modules_to_not_convert`);
 https://arxiv.org/abs/2306.00978.
@@ -19,7 +22,7 @@ https://arxiv.org/abs/2306.00978.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,9 +40,12 @@ from vllm_quantkit.formats._layout import (
     pad_columns,
     unpack_rows,
 )
+from vllm_quantkit.formats._patterns import merged_names
+from vllm_quantkit.formats._written import cannot_store, only_scheme
 from vllm_quantkit.formats.base import CheckpointTensor, Role
 from vllm_quantkit.spec import (
     PER_CHANNEL,
+    ActivationSpec,
     LayerRules,
     LayerShape,
     SchemeSpec,
@@ -98,20 +104,58 @@ def infer_shape(
     return LayerShape(out_features=columns * PER_WORD, in_features=rows)
 
 
-def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
-    """An AWQ config; `ignore` holds parts of names. The head always stays in 16 bits.
+def scheme(weight: WeightSpec, activation: ActivationSpec | None) -> SchemeSpec:
+    """4 bits in groups with zero-points, in the layout `gemm`, which is what readers take.
 
-    Symmetric weights are declared with `zero_point: true` and stored with zero-points of 8:
-    AutoAWQ and vLLM in-tree cannot load AWQ without `qzeros`.
+    Raises:
+        UnsupportedScheme: other numerics.
     """
+    grouped = weight.group_size != PER_CHANNEL and weight.scale_rows == 1
+    asymmetric = not weight.symmetric and not weight.act_order and weight.code_type == "int"
+    if activation is not None or weight.bits != BITS or not grouped or not asymmetric:
+        holds = "asymmetric integers of 4 bits in groups in order, with 16-bit activations"
+        raise cannot_store("awq", weight, activation, holds)
+    return SchemeSpec(dialect="awq", weight=weight, variant="gemm")
+
+
+def render(layers: Mapping[str, SchemeSpec], ignore: tuple[str, ...]) -> dict[str, Any]:
+    """An AWQ config: one scheme, and parts of the names in `ignore` that no quantised layer has.
+
+    The head stays in 16 bits unless `layers` names it. Symmetric weights are declared with
+    `zero_point: true` and stored with zero-points of 8: AutoAWQ and vLLM in-tree cannot load AWQ
+    without `qzeros`.
+
+    Raises:
+        UnsupportedScheme: several schemes, or a name to ignore that is part of a quantised layer's.
+    """
+    spec = only_scheme("awq", layers)
     return {
         "quant_method": "awq",
         "bits": spec.weight.bits,
         "group_size": spec.weight.group_size,
         "zero_point": True,
         "version": spec.variant or "gemm",
-        "modules_to_not_convert": list(ignore) or None,
+        "lm_head": "lm_head" in layers,
+        "modules_to_not_convert": _distinct_parts(ignore, layers) or None,
     }
+
+
+def _distinct_parts(ignore: tuple[str, ...], layers: Collection[str]) -> list[str]:
+    """Ends of the names in `ignore`, as short as no quantised layer has them in its name."""
+    quantised = "\n".join((*layers, *merged_names(layers)))
+    return list(dict.fromkeys(_distinct_part(name, quantised) for name in ignore))
+
+
+def _distinct_part(name: str, quantised: str) -> str:
+    parts = name.split(".")
+    for start in reversed(range(len(parts))):
+        end = ".".join(parts[start:])
+        if not parts[start].isdecimal() and end not in quantised:
+            return end
+    raise UnsupportedScheme(
+        f"awq leaves a layer in 16 bits by a part of its name, but {name!r} is part of a quantised "
+        "layer's name, too. Quantise the layer, or use the dialect 'compressed-tensors'."
+    )
 
 
 def _gemm_tensors(weight: WeightSpec, shape: LayerShape) -> tuple[CheckpointTensor, ...]:
@@ -216,7 +260,7 @@ def _decode_gemv_scales(stored: Tensor, groups: int) -> Tensor:
 
 
 def _encode_gemv_scales(scales: Tensor, width: int) -> Tensor:
-    return pad_columns(scales, width).to(torch.float16)
+    return pad_columns(scales, width)
 
 
 def _encode_gemv_zeros(zeros: Tensor, width: int) -> Tensor:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from vllm_quantkit.errors import CheckpointError
-from vllm_quantkit.spec import LayerRules, LayerShape, SchemeSpec
+from vllm_quantkit.spec import (
+    ActivationSpec,
+    LayerRules,
+    LayerShape,
+    SchemeSpec,
+    WeightSpec,
+)
 
 FP8_FLOATS = {torch.float8_e4m3fn, torch.float8_e5m2}
 """8-bit floats that a config tells apart by the key `fmt`."""
@@ -45,7 +51,7 @@ class CheckpointTensor:
         shape: its shape in the checkpoint.
         dtypes: the dtypes it may have there; the first is the one we write.
         decode: stored tensor to the role's canonical tensor.
-        encode: the inverse.
+        encode: the inverse; scales stay in the dtype that they come in.
         optional: True where a checkpoint may lack it and its default holds (symmetric
             zero-points, groups in order).
         other_shapes: further shapes it may have in a checkpoint; `shape` is the one we write.
@@ -129,8 +135,23 @@ class Format(Protocol):
             stored: (N, K) as a SHAPE tensor says, where the checkpoint has one.
         """
 
-    def render(self, spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
-        """The `quantization_config` of a checkpoint with one scheme; `ignore` stays in 16 bits."""
+    def scheme(self, weight: WeightSpec, activation: ActivationSpec | None) -> SchemeSpec:
+        """How the dialect stores these numerics: the variant is chosen.
+
+        Raises:
+            UnsupportedScheme: the dialect cannot store them, or is read but not written.
+        """
+
+    def render(self, layers: Mapping[str, SchemeSpec], ignore: tuple[str, ...]) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint.
+
+        Args:
+            layers: every quantised layer's name in the checkpoint, to its scheme; at least one.
+            ignore: linear layers in 16 bits: whole names, or regular expressions behind `re:`.
+
+        Raises:
+            UnsupportedScheme: the dialect cannot store a scheme, or several beside each other.
+        """
 
 
 def _usual(found: torch.dtype) -> torch.dtype:

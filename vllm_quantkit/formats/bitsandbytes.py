@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -51,8 +51,15 @@ from vllm_quantkit.formats._bitsandbytes_state import (
 from vllm_quantkit.formats._eight_bit import SCALE_DTYPES, weight_tensor
 from vllm_quantkit.formats._fp8_config import skip_list
 from vllm_quantkit.formats._layout import check_below
+from vllm_quantkit.formats._written import not_written, only_scheme
 from vllm_quantkit.formats.base import CheckpointTensor, Role
-from vllm_quantkit.spec import LayerRules, LayerShape, SchemeSpec
+from vllm_quantkit.spec import (
+    ActivationSpec,
+    LayerRules,
+    LayerShape,
+    SchemeSpec,
+    WeightSpec,
+)
 
 TENSORS = ("weight", "SCB", "weight_format")
 COMPANIONS = (
@@ -73,6 +80,7 @@ __all__ = [
     "parse",
     "read_state",
     "render",
+    "scheme",
     "tensors",
 ]
 
@@ -192,12 +200,23 @@ def assemble(
     return {Role.CODES: codes, Role.SCALES: scales.view(N, K // state.blocksize)}
 
 
-def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
+def scheme(weight: WeightSpec, activation: ActivationSpec | None) -> Never:
+    """Nothing is quantised to this dialect.
+
+    Raises:
+        UnsupportedScheme: always.
+    """
+    raise not_written("bitsandbytes")
+
+
+def render(layers: Mapping[str, SchemeSpec], ignore: tuple[str, ...]) -> dict[str, Any]:
     """A bitsandbytes config of 8 bits; `ignore` holds names of modules. The head is ignored.
 
     Raises:
-        UnsupportedScheme: 4 bits, which are not written, or what the dialect cannot store.
+        UnsupportedScheme: several schemes, 4 bits, which are not written, or what the dialect
+            cannot store.
     """
+    spec = only_scheme("bitsandbytes", layers)
     if _is_four_bits(spec):
         raise UnsupportedScheme(
             "4 bits of bitsandbytes are read, but not written. Use the dialect "

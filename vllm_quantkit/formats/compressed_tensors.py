@@ -27,12 +27,19 @@ Names: an entry of `ignore` or `targets` is a whole name, `re:` and a regular ex
 from the name's start, or the class `Linear`. `ignore` wins, then whole names, then regular
 expressions in the order of the config, then `Linear`, which takes in the head.
 
+What loads where, besides here: transformers, through the library, reads `pack-quantized` of every
+width, `int-` and `float-quantized`; a single column of blocks it takes for scales per channel.
+vLLM 0.32 in-tree takes `pack-quantized` of 4 bits and, on GPUs, 8; it sizes words of 3, 5, 6 and 7
+bits as if codes straddled them, which the library does not write, and refuses `actorder` `group`
+(0.30 and later). Of the others it takes FP8 and W8A8; weights alone only as floats, on GPUs.
+
 Source: https://github.com/vllm-project/compressed-tensors (`compressors/pack_quantized`,
 `compressors/naive_quantized`, `quantization/quant_args.py`, `utils/match.py`).
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +48,13 @@ from vllm_quantkit.formats import _compressed_tensors_packed as packed
 from vllm_quantkit.formats import _compressed_tensors_plain as plain
 from vllm_quantkit.formats._compressed_tensors_config import LINEAR, ConfigFields
 from vllm_quantkit.formats._compressed_tensors_weights import DIALECT, PACKED
+from vllm_quantkit.formats._patterns import compact
+from vllm_quantkit.formats._written import (
+    ANY_LAYER,
+    cannot_store,
+    confirmed,
+    most_frequent,
+)
 from vllm_quantkit.formats.base import CheckpointTensor
 from vllm_quantkit.spec import (
     ALL_ROWS,
@@ -63,6 +77,9 @@ TENSORS = (
     "input_zero_point",
 )
 COMPANIONS = ()
+
+MIXED = "mixed-precision"
+"""`format` of a config whose groups have several."""
 
 
 def parse(config: Mapping[str, Any]) -> LayerRules:
@@ -100,25 +117,60 @@ def infer_shape(
     return plain.infer_shape(shapes)
 
 
-def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
-    """A compressed-tensors config; `ignore` holds whole names or `re:` expressions.
+def scheme(weight: WeightSpec, activation: ActivationSpec | None) -> SchemeSpec:
+    """`pack-quantized` where only integer weights are quantised, else an element for each weight.
 
-    The head stays in 16 bits whether or not `ignore` names it.
+    Raises:
+        ConfigError, UnsupportedScheme: numerics that the dialect has no words for, or that quantkit
+            does not serve in it.
     """
+    if weight.code_type != "int":
+        variant = "float-quantized"
+    else:
+        variant = PACKED if activation is None else "int-quantized"
+    spec = SchemeSpec(dialect=DIALECT, weight=weight, variant=variant, activation=activation)
+    if weight.code_type not in ("int", "e4m3"):
+        raise cannot_store(DIALECT, weight, activation, "integers and E4M3 floats")
+    return confirmed(spec, parse(render({ANY_LAYER: spec}, ())))
+
+
+def render(layers: Mapping[str, SchemeSpec], ignore: tuple[str, ...]) -> dict[str, Any]:
+    """A group for each scheme: the most frequent is that of the class `Linear`, others name layers.
+
+    The class comes last, as the library warns of targets behind it. The head stays in 16 bits
+    unless `layers` names it.
+    """
+    default = most_frequent(layers)
+    groups: dict[SchemeSpec, list[str]] = defaultdict(list)
+    for name, spec in layers.items():
+        groups[spec].append(name)
+    groups[default] = groups.pop(default)
+    everything = (*layers, *ignore)
+    kept = (*ignore, *(("lm_head",) if "lm_head" not in layers else ()))
+    formats = {spec.variant or PACKED for spec in groups}
+    return {
+        "quant_method": DIALECT,
+        "format": MIXED if len(formats) > 1 else formats.pop(),
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{index}": _group(
+                spec, [LINEAR] if spec == default else list(compact(names, everything))
+            )
+            for index, (spec, names) in enumerate(groups.items())
+        },
+        "ignore": list(compact(kept, layers)),
+        "kv_cache_scheme": None,
+    }
+
+
+def _group(spec: SchemeSpec, targets: list[str]) -> dict[str, Any]:
     activation = spec.activation
-    group = {
-        "targets": [LINEAR],
+    return {
+        "targets": targets,
+        "format": spec.variant or PACKED,
         "weights": _weight_args(spec.weight),
         "input_activations": None if activation is None else _activation_args(activation),
         "output_activations": None,
-    }
-    return {
-        "quant_method": DIALECT,
-        "format": spec.variant or PACKED,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(dict.fromkeys((*ignore, "lm_head"))),
-        "kv_cache_scheme": None,
     }
 
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from math import isclose
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -34,8 +34,16 @@ from vllm_quantkit.formats._eight_bit import (
     weight_tensor,
 )
 from vllm_quantkit.formats._fp8_config import FbgemmFields, skip_list
+from vllm_quantkit.formats._written import not_written, only_scheme
 from vllm_quantkit.formats.base import CheckpointTensor, Role
-from vllm_quantkit.spec import PER_CHANNEL, LayerRules, LayerShape, SchemeSpec, WeightSpec
+from vllm_quantkit.spec import (
+    PER_CHANNEL,
+    ActivationSpec,
+    LayerRules,
+    LayerShape,
+    SchemeSpec,
+    WeightSpec,
+)
 
 TENSORS = ("weight", "weight_scale", "input_scale_ub")
 COMPANIONS = ()
@@ -84,12 +92,22 @@ def infer_shape(
     return LayerShape(out_features=N, in_features=K)
 
 
-def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
+def scheme(weight: WeightSpec, activation: ActivationSpec | None) -> Never:
+    """Nothing is quantised to this dialect.
+
+    Raises:
+        UnsupportedScheme: always.
+    """
+    raise not_written("fbgemm_fp8")
+
+
+def render(layers: Mapping[str, SchemeSpec], ignore: tuple[str, ...]) -> dict[str, Any]:
     """An `fbgemm_fp8` config; `ignore` holds names of modules. The head stays in 16 bits.
 
     Raises:
-        UnsupportedScheme: the spec is one that the dialect cannot store.
+        UnsupportedScheme: several schemes, or one that the dialect cannot store.
     """
+    spec = only_scheme("fbgemm_fp8", layers)
     _check_storable(spec)
     return {
         "quant_method": "fbgemm_fp8",

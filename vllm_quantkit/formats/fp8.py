@@ -41,8 +41,17 @@ from vllm_quantkit.formats._eight_bit import (
     weight_tensor,
 )
 from vllm_quantkit.formats._fp8_config import Fp8Fields, skip_list
+from vllm_quantkit.formats._written import ANY_LAYER, confirmed, only_scheme
 from vllm_quantkit.formats.base import CheckpointTensor, Role
-from vllm_quantkit.spec import ALL_ROWS, PER_CHANNEL, LayerRules, LayerShape, SchemeSpec
+from vllm_quantkit.spec import (
+    ALL_ROWS,
+    PER_CHANNEL,
+    ActivationSpec,
+    LayerRules,
+    LayerShape,
+    SchemeSpec,
+    WeightSpec,
+)
 
 TENSORS = ("weight", "weight_scale", "weight_scale_inv", "input_scale")
 COMPANIONS = ()
@@ -98,12 +107,23 @@ def infer_shape(
     return LayerShape(out_features=N, in_features=K)
 
 
-def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
+def scheme(weight: WeightSpec, activation: ActivationSpec | None) -> SchemeSpec:
+    """Blocks with dynamic activations, or one scale with activations of one or per token.
+
+    Raises:
+        ConfigError, UnsupportedScheme: other numerics.
+    """
+    spec = SchemeSpec(dialect="fp8", weight=weight, activation=activation)
+    return confirmed(spec, parse(render({ANY_LAYER: spec}, ())))
+
+
+def render(layers: Mapping[str, SchemeSpec], ignore: tuple[str, ...]) -> dict[str, Any]:
     """An `fp8` config; `ignore` holds names of modules. The head always stays in 16 bits.
 
     Raises:
-        UnsupportedScheme: the spec is one that the dialect cannot store.
+        UnsupportedScheme: several schemes, or one that the dialect cannot store.
     """
+    spec = only_scheme("fp8", layers)
     _check_storable(spec)
     static = spec.activation is not None and not spec.activation.dynamic
     config: dict[str, Any] = {

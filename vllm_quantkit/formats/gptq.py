@@ -12,6 +12,11 @@ Codes follow each other without gaps along K, zero-points along N, least signifi
 8 bits by subtracting 1 from every field of a word *with borrow*, at 3 bits field by field modulo 8.
 Adding it back the same way makes every zero-point 0 .. 2**bits - 1 exact again.
 
+What loads where, besides here: vLLM 0.32 in-tree takes symmetric weights of 4 and 8 bits without
+`desc_act` (on CPUs 4 bits), and refuses the rest; up to 0.29 it took `desc_act`. transformers loads
+GPTQ through optimum and GPTQModel, which read both formats. Engines in bfloat16 that keep scales in
+the activations' dtype round ours.
+
 Sources: https://github.com/ModelCloud/GPTQModel (`nn_modules/qlinear/__init__.py` for packing,
 `utils/model.py` and `utils/model_dequant.py` for the first format's zero-points,
 `quantization/config.py` for `dynamic`); https://arxiv.org/abs/2210.17323.
@@ -19,6 +24,7 @@ Sources: https://github.com/ModelCloud/GPTQModel (`nn_modules/qlinear/__init__.p
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -27,7 +33,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.packing import WORD_BITS, pack_stream, stream_words, unpack_stream
-from vllm_quantkit.formats._fields import as_pattern
+from vllm_quantkit.errors import UnsupportedScheme
 from vllm_quantkit.formats._gptq_config import GptqFields, served_bits, served_version
 from vllm_quantkit.formats._layout import (
     SCALE_DTYPES,
@@ -37,11 +43,15 @@ from vllm_quantkit.formats._layout import (
     encode_transposed,
     unpack_rows,
 )
+from vllm_quantkit.formats._patterns import compact, exact_pattern
+from vllm_quantkit.formats._written import cannot_store, most_frequent
 from vllm_quantkit.formats.base import CheckpointTensor, Role
 from vllm_quantkit.spec import (
+    ActivationSpec,
     LayerRules,
     LayerShape,
     SchemeSpec,
+    WeightSpec,
 )
 
 TENSORS = ("qweight", "scales", "qzeros", "g_idx")
@@ -125,26 +135,79 @@ def infer_shape(
     return LayerShape(out_features=N, in_features=K)
 
 
-def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> dict[str, Any]:
-    """A GPTQ config; `ignore` holds whole names, or regular expressions behind `re:`.
+def scheme(weight: WeightSpec, activation: ActivationSpec | None) -> SchemeSpec:
+    """The first format for symmetric weights, which all readers take; `gptq_v2` for others.
 
-    The head stays in 16 bits whether or not `ignore` names it.
+    In the first format a zero-point of 0 borrows from its neighbour, and readers that do not carry
+    get both wrong.
 
-    Asymmetric weights are best written as `gptq_v2`: in the first format a zero-point of 0 borrows
-    from its neighbour, and readers that do not carry get both wrong.
+    Raises:
+        UnsupportedScheme: not integers of 2, 3, 4 or 8 bits, or 8-bit activations.
     """
-    kept = (as_pattern(name) for name in ignore if name != "lm_head")
+    if activation is not None or weight.code_type != "int" or weight.scale_rows != 1:
+        raise cannot_store("gptq", weight, activation, "integers with 16-bit activations")
+    served_bits(weight.bits)
+    variant = "gptq" if weight.symmetric else "gptq_v2"
+    return SchemeSpec(dialect="gptq", weight=weight, variant=variant)
+
+
+def render(layers: Mapping[str, SchemeSpec], ignore: tuple[str, ...]) -> dict[str, Any]:
+    """A GPTQ config: the most frequent scheme, and a rule of `dynamic` for each exception.
+
+    The head stays in 16 bits unless `layers` names it. The rules match the layers that engines
+    merge, too: vLLM asks for their names.
+
+    Raises:
+        UnsupportedScheme: layers differ in the format, of which a checkpoint has one.
+    """
+    default = most_frequent(layers)
+    version = _common_version(layers)
+    everything = (*layers, *ignore)
+    kept = compact((name for name in ignore if name != "lm_head"), layers, merged=True)
+    others: dict[SchemeSpec, list[str]] = defaultdict(list)
+    for name, spec in layers.items():
+        if spec != default:
+            others[spec].append(name)
+    rules = {
+        f"+:{exact_pattern(entry)}": _overrides(spec, default)
+        for spec, names in others.items()
+        for entry in compact(names, everything, merged=True)
+    }
     return {
         "quant_method": "gptq",
-        "bits": spec.weight.bits,
-        "group_size": spec.weight.group_size,
-        "desc_act": spec.weight.act_order,
-        "sym": spec.weight.symmetric,
-        "lm_head": False,
-        "checkpoint_format": spec.variant or "gptq",
+        **_numerics(default),
+        "lm_head": "lm_head" in layers,
+        "checkpoint_format": version,
         "pack_dtype": "int32",
-        "dynamic": {f"-:{pattern}": {} for pattern in kept},
+        "dynamic": {**{f"-:{exact_pattern(entry)}": {} for entry in kept}, **rules},
     }
+
+
+def _common_version(layers: Mapping[str, SchemeSpec]) -> str:
+    found = {spec.variant or "gptq" for spec in layers.values()}
+    if len(found) > 1:
+        raise UnsupportedScheme(
+            "gptq has one checkpoint_format for all layers, but symmetric layers would be stored "
+            "as 'gptq' and asymmetric ones as 'gptq_v2'. Quantise all layers symmetric or all "
+            "asymmetric, or use the dialect 'compressed-tensors' or 'quantkit'."
+        )
+    return found.pop()
+
+
+def _numerics(spec: SchemeSpec) -> dict[str, Any]:
+    weight = spec.weight
+    return {
+        "bits": weight.bits,
+        "group_size": weight.group_size,
+        "desc_act": weight.act_order,
+        "sym": weight.symmetric,
+    }
+
+
+def _overrides(spec: SchemeSpec, default: SchemeSpec) -> dict[str, Any]:
+    """The numerics in which `spec` differs."""
+    base = _numerics(default)
+    return {key: value for key, value in _numerics(spec).items() if value != base[key]}
 
 
 def decode_codes(words: Tensor, bits: int, length: int) -> Tensor:

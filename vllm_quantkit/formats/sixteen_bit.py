@@ -14,7 +14,13 @@ from torch import Tensor
 
 from vllm_quantkit.errors import UnsupportedScheme
 from vllm_quantkit.formats.base import CheckpointTensor, Role
-from vllm_quantkit.spec import LayerRules, LayerShape, SchemeSpec
+from vllm_quantkit.spec import (
+    ActivationSpec,
+    LayerRules,
+    LayerShape,
+    SchemeSpec,
+    WeightSpec,
+)
 
 TENSORS = ("weight",)
 COMPANIONS = ()
@@ -50,7 +56,16 @@ def infer_shape(
     return LayerShape(out_features=N, in_features=K)
 
 
-def render(spec: SchemeSpec, ignore: tuple[str, ...]) -> Never:
+def scheme(weight: WeightSpec, activation: ActivationSpec | None) -> Never:
+    """Nothing is quantised to this dialect.
+
+    Raises:
+        UnsupportedScheme: always.
+    """
+    raise _unnamed()
+
+
+def render(layers: Mapping[str, SchemeSpec], ignore: tuple[str, ...]) -> Never:
     """There is no such config.
 
     Raises:

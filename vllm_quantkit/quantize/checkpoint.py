@@ -1,44 +1,32 @@
-"""Writing a checkpoint: a source folder with some of its tensors exchanged."""
+"""What a layer becomes in a checkpoint, and a source folder with some tensors exchanged."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit_kernels.wna16 import QuantizedWeight
-from vllm_quantkit.errors import CheckpointError
-from vllm_quantkit.formats import Role, get_format
+from vllm_quantkit.errors import UnsupportedScheme
+from vllm_quantkit.formats import CheckpointTensor, Role, get_format
+from vllm_quantkit.formats._layout import representable
+from vllm_quantkit.quantize.records import BlockRecord
+from vllm_quantkit.quantize.workspace import Workspace
 from vllm_quantkit.spec import LayerShape, SchemeSpec
-
-WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
-"""Endings of files that hold or index weights; every other file is copied as it is."""
-
-INDEX = "model.safetensors.index.json"
 
 Exchange = Mapping[str, Mapping[str, Tensor]]
 """Name of a source tensor to the tensors, by full name, that take its place."""
 
 
-def refuse_existing(out: Path) -> None:
-    """Nothing is overwritten.
-
-    Raises:
-        CheckpointError: `out` exists.
-    """
-    if out.exists():
-        raise CheckpointError(f"{out} already exists: remove it, or write to another folder.")
-
-
 def encode_layer(
-    weight: QuantizedWeight, scheme: SchemeSpec, inputs: Mapping[Role, Tensor] | None = None
+    weight: QuantizedWeight,
+    scheme: SchemeSpec,
+    inputs: Mapping[Role, Tensor] | None = None,
+    *,
+    scale_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a layer as its dialect stores them, by their name behind the layer's.
 
@@ -46,6 +34,11 @@ def encode_layer(
         weight: the layer's codes.
         scheme: how they are stored.
         inputs: INPUT_SCALE and INPUT_ZERO of static activations.
+        scale_dtype: of the weight's scales, see `scale_dtype_for`; None for the dialect's usual.
+
+    Raises:
+        ValueError: a scale that `scale_dtype` cannot hold, a dtype that the dialect does not have,
+            or a code or zero-point that needs more bits.
     """
     out_features, in_features = weight.codes.shape
     canonical = {
@@ -59,10 +52,61 @@ def encode_layer(
     shape = LayerShape(out_features=out_features, in_features=in_features)
     stored = get_format(scheme.dialect).tensors(scheme, shape)
     return {
-        tensor.name: tensor.encode(canonical[tensor.role]).contiguous()
+        tensor.name: _encode(tensor, canonical[tensor.role], scale_dtype)
         for tensor in stored
         if tensor.role in canonical or not tensor.optional
     }
+
+
+def scale_dtype_for(scheme: SchemeSpec, stored_dtype: torch.dtype) -> torch.dtype:
+    """What the scales of a layer are stored in; its codes must be made for scales rounded to it.
+
+    `pack-quantized` takes the dtype of the model's other tensors: engines and transformers hold
+    such scales in the activations' dtype, and would round others when they load them. AWQ and GPTQ
+    have float16 by definition, so that engines in bfloat16 may round theirs. All others have
+    float32, which their readers keep.
+
+    Args:
+        scheme: of the layer.
+        stored_dtype: of the model's other tensors.
+    """
+    if scheme.dialect in ("awq", "gptq"):
+        return torch.float16
+    if scheme.dialect == "compressed-tensors" and scheme.is_packed:
+        return stored_dtype
+    return torch.float32
+
+
+def quantization_config(
+    layers: Mapping[str, SchemeSpec], ignore: tuple[str, ...]
+) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint, read back: it says what is stored, layer by layer.
+
+    Args:
+        layers: every quantised layer's name in the checkpoint, to its scheme, all of one dialect.
+        ignore: names of all other linear layers.
+
+    Raises:
+        UnsupportedScheme: the dialect cannot say it; names the first layer it is wrong about.
+    """
+    dialects = dict.fromkeys(scheme.dialect for scheme in layers.values())
+    if len(dialects) != 1:
+        raise UnsupportedScheme(
+            f"a checkpoint has one dialect, but its layers have {', '.join(dialects) or 'none'}. "
+            "Quantise at least one layer, and all to one dialect."
+        )
+    fmt = get_format(next(iter(dialects)))
+    config = fmt.render(layers, ignore)
+    rules = fmt.parse(config)
+    expected: dict[str, SchemeSpec | None] = {**dict.fromkeys(ignore), **layers}
+    for name, scheme in expected.items():
+        if rules.scheme_for(name) != scheme:
+            raise UnsupportedScheme(
+                f"a config of the dialect {next(iter(dialects))!r} cannot say that {name} has "
+                f"{scheme.describe() if scheme else '16 bits'} beside the other layers. Quantise "
+                "it as its neighbours, or use the dialect 'quantkit'."
+            )
+    return config
 
 
 def exchange_layers(
@@ -92,75 +136,33 @@ def write_checkpoint(
 ) -> None:
     """`out` = `source` with the tensors that `exchange` names replaced and config.json updated.
 
-    Weight files keep their names and division; they are read one at a time. `out` appears in one
-    step when it is complete.
+    `out` appears in one step when it is complete.
 
     Args:
         source: a transformers model folder with safetensors weights.
-        out: must not exist.
+        out: must not exist, nor a folder `<out>.partial`.
         exchange: what replaces which tensor.
         config: keys to set in config.json.
 
     Raises:
-        CheckpointError: `out` exists, `source` has no safetensors, or lacks a tensor to replace.
+        CheckpointError: `out` exists, `source` has no safetensors or lacks a tensor to replace, or
+            the disk is full.
     """
-    refuse_existing(out)
-    files = {path: _tensor_names(path) for path in sorted(source.glob("*.safetensors"))}
-    _check_present(source, files, exchange)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _copy_other_files(source, partial)
-    sizes = {path.name: _convert_file(path, partial / path.name, exchange) for path in files}
-    if len(files) > 1:
-        _write_json(partial / INDEX, _index(sizes))
-    original = json.loads((source / "config.json").read_text())
-    _write_json(partial / "config.json", {**original, **config})
-    partial.rename(out)
+    tensors = {name: tensor for new in exchange.values() for name, tensor in new.items()}
+    with Workspace.create(out, {}, resume=False) as workspace:
+        try:
+            workspace.write_block(0, tensors, BlockRecord(index=0, layers=()))
+            workspace.finish(source, exchange.keys(), config, {})
+        except BaseException:
+            workspace.discard()
+            raise
 
 
-def _tensor_names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
-
-
-def _check_present(source: Path, files: Mapping[Path, list[str]], exchange: Exchange) -> None:
-    if not files:
-        raise CheckpointError(
-            f"{source} has no *.safetensors file: save the model with safetensors first."
-        )
-    missing = sorted(set(exchange).difference(*files.values()))
-    if missing:
-        raise CheckpointError(
-            f"{source} has no tensor {missing[0]!r} ({len(missing)} such names): its weights are "
-            "named differently from the model's modules; load and save it with transformers first."
-        )
-
-
-def _copy_other_files(source: Path, out: Path) -> None:
-    """Tokenizer, generation config, chat template, licence: all but weights."""
-    for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(WEIGHT_FILES):
-            shutil.copyfile(path, out / path.name)
-
-
-def _convert_file(source: Path, out: Path, exchange: Exchange) -> dict[str, int]:
-    """Writes one weight file; returns the bytes of each tensor in it."""
-    tensors: dict[str, Tensor] = {}
-    with safe_open(source, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            tensors |= exchange[name] if name in exchange else {name: file.get_tensor(name)}
-    save_file(tensors, out, metadata={"format": "pt"})
-    return {name: tensor.nbytes for name, tensor in tensors.items()}
-
-
-def _index(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """The index that tells which file holds which tensor."""
-    return {
-        "metadata": {"total_size": sum(sum(file.values()) for file in sizes.values())},
-        "weight_map": {name: file for file, names in sizes.items() for name in names},
-    }
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+def _encode(tensor: CheckpointTensor, value: Tensor, scale_dtype: torch.dtype | None) -> Tensor:
+    if tensor.role is not Role.SCALES:
+        return tensor.encode(value).contiguous()
+    dtype = scale_dtype or tensor.dtypes[0]
+    if dtype not in tensor.dtypes:
+        allowed = ", ".join(str(one) for one in tensor.dtypes)
+        raise ValueError(f"{tensor.name} is stored in {allowed}, but {dtype} was asked for")
+    return tensor.encode(representable(value, dtype)).contiguous()

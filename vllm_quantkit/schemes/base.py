@@ -39,7 +39,7 @@ class LinearScheme(ABC):
     @property
     def assembles(self) -> bool:
         """True where the dialect's tensors only mean something together, see `assemble`."""
-        return self.spec.weight.code_type in CODE_BOOKS
+        return self.spec.weight.code_type in CODE_BOOKS and hasattr(self._format, "assemble")
 
     def assemble(self, stored: Mapping[str, Tensor], shape: LayerShape) -> dict[Role, Tensor]:
         """Canonical tensors of a layer from all that a checkpoint stores of it.
