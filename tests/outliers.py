@@ -6,16 +6,18 @@ much smaller (the inverse of SmoothQuant, arXiv 2211.10438); likewise between v 
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from vllm_quantkit.quantize.checkpoint import write_checkpoint
-from vllm_quantkit.quantize.model_map import model_map
+from vllm_quantkit.quantize.model_map import SourceKind, Stage
+from vllm_quantkit.quantize.model_shell import ModelShell
+from vllm_quantkit.quantize.smoothquant import Sharing
 
 SMALLEST, LARGEST = 30.0, 60.0
 """Range of the factors, as channels of large models stand out (arXiv 2208.07339)."""
@@ -36,53 +38,75 @@ def outlier_twin(model_folder: Path, out: Path, *, share: float = SHARE, seed: i
         share: of the channels that become outliers.
         seed: of channels and factors.
     """
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    layout = model_map(model.config.model_type)
+    shell = ModelShell.open(model_folder)
     generator = torch.Generator().manual_seed(seed)
     channels: dict[int, Tensor] = {}
-    for block in model.get_submodule(layout.blocks):
-        for stage in layout.stages:
-            source = block.get_submodule(stage.previous)
-            count = len(source.weight)
-            if count not in channels:
-                chosen = torch.randperm(count, generator=generator)
-                channels[count] = chosen[: max(1, round(share * count))]
-            readers = [block.get_submodule(name) for name in stage.layers]
-            factors = torch.rand(len(channels[count]), generator=generator)
-            factors = SMALLEST + factors * (LARGEST - SMALLEST)
-            enlarge(source, readers, channels[count], factors, head_size(model.config))
-    exchange = {name: {name: value.detach()} for name, value in model.named_parameters()}
-    write_checkpoint(model_folder, out, exchange, {"dtype": "float32"})
+    changed: dict[str, Tensor] = {}
+    for index in range(shell.block_count):
+        with shell.block(index) as block:
+            for stage in shell.stages(index):
+                count = channels_of(block, stage)
+                if count not in channels:
+                    chosen = torch.randperm(count, generator=generator)
+                    channels[count] = chosen[: max(1, round(share * count))]
+                factors = torch.rand(len(channels[count]), generator=generator)
+                factors = SMALLEST + factors * (LARGEST - SMALLEST)
+                enlarge_source(block, stage, channels[count], factors)
+            names = shell.block_tensors(index)
+            changed |= zip(names, block.state_dict().values(), strict=True)
+    write_twin(model_folder, out, changed)
     return out
+
+
+def channels_of(block: nn.Module, stage: Stage) -> int:
+    """Channels of what the stage reads, each counted once for all heads that share it."""
+    return block.get_submodule(stage.layers[0]).weight.shape[1] // stage.sharing.sharers
+
+
+def enlarge_source(block: nn.Module, stage: Stage, channels: Tensor, factors: Tensor) -> None:
+    """Channels of the stage's source become `factors` times larger; the block stays the same."""
+    assert stage.source is not None, f"nothing is known to feed {stage.layers}"
+    source = block.get_submodule(stage.source.module)
+    readers = [block.get_submodule(name) for name in (*stage.layers, *stage.also)]
+    scale = torch.ones(channels_of(block, stage)).index_copy(0, channels, factors)
+    enlarge(source, stage.source.kind, readers, scale, stage.sharing)
 
 
 @torch.no_grad()
 def enlarge(
-    source: nn.Module, readers: Sequence[nn.Module], channels: Tensor, factors: Tensor, head: int
+    source: nn.Module,
+    kind: SourceKind,
+    readers: Sequence[nn.Module],
+    scale: Tensor,
+    sharing: Sharing,
 ) -> None:
-    """source[c] *= f, and the columns that read channel c /= f: the function stays the same.
+    """source[c] *= scale[c], and the columns that read channel c /= scale[c].
 
     Args:
-        source: a norm or linear layer.
-        readers: linear layers; where they have more inputs than the source outputs, several heads
-            of `head` channels read each head of the source.
-        channels: int64 [n], of the source.
-        factors: float32 [n].
-        head: channels of an attention head.
+        source: a norm, or a linear layer whose last rows are the channels.
+        kind: of the source.
+        readers: have a `weight` [N, K].
+        scale: float32 [K / sharers].
+        sharing: which of the K columns read which channel.
     """
-    source.weight[channels] *= factors.view(-1, *[1] * (source.weight.dim() - 1))
-    if getattr(source, "bias", None) is not None:
-        source.bias[channels] *= factors
-    scale = torch.ones(len(source.weight)).index_copy(0, channels, factors)
+    if kind == "norm_plus_one":
+        source.weight.copy_((1 + source.weight) * scale - 1)
+    else:
+        for tensor in (source.weight, getattr(source, "bias", None)):
+            if tensor is not None:
+                last = tensor[len(tensor) - len(scale) :]
+                last *= scale.view(-1, *[1] * (tensor.dim() - 1))
+    columns = scale.view(-1, 1, sharing.width).expand(-1, sharing.sharers, -1).flatten()
     for reader in readers:
-        sharers = reader.weight.shape[1] // len(scale)
-        if sharers > 1:
-            reader.weight /= scale.view(-1, 1, head).expand(-1, sharers, -1).flatten()
-        else:
-            reader.weight /= scale
+        reader.weight /= columns
 
 
-def head_size(config: Any) -> int:
-    """Channels of an attention head."""
-    size: int | None = getattr(config, "head_dim", None)
-    return size or config.hidden_size // config.num_attention_heads
+def write_twin(source: Path, out: Path, changed: dict[str, Tensor]) -> None:
+    """`out` = `source` in float32 with the changed tensors exchanged."""
+    shutil.copytree(source, out)
+    for file in out.glob("*.safetensors"):
+        stored = {name: changed.get(name, value) for name, value in load_file(file).items()}
+        stored = {name: value.float().contiguous() for name, value in stored.items()}
+        save_file(stored, file, metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")

@@ -12,17 +12,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -81,12 +87,51 @@ TINY_MODELS = {
 }
 """Family to model."""
 
+QWEN_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "mlp_only_layers": [0],
+}
+
+LATENT_ATTENTION = {
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 48,
+    "head_dim": 32,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 128,
+    "first_k_dense_replace": 1,
+}
+
+MOE_MODELS = {
+    "mixtral": TinyModel(MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": TinyModel(
+        Qwen2MoeConfig, {**QWEN_EXPERTS, "shared_expert_intermediate_size": 192}
+    ),
+    "qwen3_moe": TinyModel(Qwen3MoeConfig, QWEN_EXPERTS),
+    "deepseek_v2": TinyModel(
+        DeepseekV2Config, {**LATENT_ATTENTION, "q_lora_rank": None, "topk_method": "greedy"}
+    ),
+    "deepseek_v3": TinyModel(DeepseekV3Config, {**LATENT_ATTENTION, "q_lora_rank": 96}),
+}
+"""Family to model: mixtures of experts; all but Mixtral have a dense block first."""
+
+
+OTHER_MODELS = {"olmo2": TinyModel(Olmo2Config)}
+"""Families that nothing here was made for."""
+
 
 def create_tiny_model(
     family: str, out: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **extra: Any
 ) -> Path:
     """Writes a random model of `family` and its tokenizer to `out`; `extra` goes to its config."""
-    tiny = TINY_MODELS[family]
+    tiny = (TINY_MODELS | MOE_MODELS | OTHER_MODELS)[family]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny.config(**{**COMMON, **tiny.extra, **extra}))
     randomise(model, tiny.embedding_scale)
@@ -110,8 +155,11 @@ def randomise(model: PreTrainedModel, embedding_scale: float = 1.0) -> None:
             elif isinstance(module, nn.Embedding):
                 parameter.normal_(std=LOGIT_STD / parameter.shape[1] ** 0.5 / embedding_scale)
             elif parameter is not embeddings:
-                fan_in = parameter.shape[0 if isinstance(module, Conv1D) else 1]
+                fan_in = parameter.shape[0 if isinstance(module, Conv1D) else -1]
                 parameter.normal_(std=fan_in**-0.5)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name.endswith("bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))
     if head is not embeddings:
         head.mul_(LOGIT_STD)
     elif embedding_scale != 1:
