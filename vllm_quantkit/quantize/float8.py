@@ -10,29 +10,31 @@ from torch import Tensor
 
 from quantkit_kernels.code_types import FLOAT8_DTYPES
 from quantkit_kernels.wna16 import QuantizedWeight
-from vllm_quantkit.quantize.rtn import finite_weight, group_width
+from vllm_quantkit.quantize.rtn import finite_weight, group_width, round_scales
 from vllm_quantkit.spec import ALL_ROWS, WeightSpec
 
 ROWS = 64
 """Rows worked on at a time: no float32 copy of the whole weight is made."""
 
 
-def quantize_float8(weight: Tensor, spec: WeightSpec) -> QuantizedWeight:
+def quantize_float8(
+    weight: Tensor, spec: WeightSpec, *, scale_dtype: torch.dtype = torch.float32
+) -> QuantizedWeight:
     """W ~ scale * float8(W / scale), scale = max |W| / largest float8, over each block of W.
 
     Args:
         weight: float [N, K].
         spec: code type `e4m3` or `e5m2`; a block is `scale_rows` x `group_size`.
+        scale_dtype: what the checkpoint stores scales in; codes are made for the rounded scale.
 
     Raises:
-        QuantkitError: the weight is not finite.
+        QuantkitError: the weight is not finite, or too large for `scale_dtype`.
     """
     dtype = FLOAT8_DTYPES[spec.code_type]
     largest = torch.finfo(dtype).max
     width = group_width(spec, weight.shape[1])
     maxima = torch.cat([_group_maxima(block, width) for block in weight.split(ROWS)])
-    scales = _shared(maxima, spec.scale_rows) / largest
-    scales = scales.clamp_min(torch.finfo(torch.float32).tiny)
+    scales = round_scales(_shared(maxima, spec.scale_rows) / largest, scale_dtype)
     group_index = torch.arange(weight.shape[1], device=weight.device) // width
     codes = torch.empty_like(weight, dtype=dtype)
     for start in range(0, len(weight), ROWS):

@@ -1,4 +1,8 @@
-"""SmoothQuant's factors: how much of a channel's range moves from activations into weights."""
+"""SmoothQuant's factors: how much of a channel's range moves from activations into weights.
+
+Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
+Models", https://arxiv.org/abs/2211.10438.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ SMALLEST = 1e-5
 
 
 def smoothing_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """s = max|X|^alpha / max|W|^(1 - alpha), rounded to a power of two (arXiv 2211.10438, eq. 4).
+    """s = max|X|^alpha / max|W|^(1 - alpha), rounded to a power of two (the paper's eq. 4).
 
     Args:
         inputs: float32 [K], the largest |x| of each input channel.
@@ -46,6 +50,10 @@ class Sharing:
     def largest(self, values: Tensor) -> Tensor:
         """max over sharers: [K] to [K / sharers]."""
         return values.view(-1, self.sharers, self.width).amax(1).flatten()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Geometric mean over sharers: [K] to [K / sharers]."""
+        return values.view(-1, self.sharers, self.width).log().mean(1).exp().flatten()
 
     def spread(self, values: Tensor) -> Tensor:
         """Each head's values for all its sharers: [K / sharers] to [K]."""
