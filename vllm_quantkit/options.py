@@ -80,8 +80,8 @@ class Options(LayerOptions):
         ignore: layers that stay in 16 bits when a model is quantised at load.
         layers: pattern to how its layers are quantised at load, the first that matches; null
             leaves them in 16 bits.
-        activation_stats: file with the largest input of every channel, as
-            `python -m vllm_quantkit.quantize.activation_stats` writes it.
+        activation_stats: file with the largest input of every channel, as `quantkit calibrate`
+            writes it.
         smoothing: SmoothQuant's alpha: the share of the difficulty that goes into the weights.
     """
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +21,12 @@ from tests.integration.engines import ROOT, EngineHost
 from tests.integration.reference import perplexity
 from tests.outliers import outlier_twin
 from vllm_quantkit.formats import Role, get_format
-from vllm_quantkit.quantize.activation_stats import ENOUGH_SAMPLES, read_activation_stats
+from vllm_quantkit.quantize.activation_stats import (
+    collect_activation_stats,
+    read_activation_stats,
+    write_activation_stats,
+)
+from vllm_quantkit.quantize.calibration import CalibrationOptions, load_token_sets
 from vllm_quantkit.quantize.checkpoint import exchange_layers, write_checkpoint
 from vllm_quantkit.quantize.rtn import rtn
 from vllm_quantkit.spec import PER_CHANNEL, ActivationSpec, SchemeSpec, WeightSpec
@@ -99,15 +102,16 @@ def twin(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stats(twin) -> str:
-    """The twin's activation statistics, collected as a user would."""
-    out = twin.with_name("stats.safetensors")
-    text = DEMO / "data" / "calibration.txt"
-    module = "vllm_quantkit.quantize.activation_stats"
-    sizes = ["--samples", str(ENOUGH_SAMPLES), "--length", str(SAMPLE_TOKENS)]
-    command = [sys.executable, "-m", module, str(twin), str(text), "--out", str(out), *sizes]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    """The twin's activation statistics over the demo model's calibration text."""
+    out, text = twin.with_name("stats.safetensors"), str(DEMO / "data" / "calibration.txt")
+    options = CalibrationOptions(source=text, length=SAMPLE_TOKENS, held_out=1)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "bf16")
+    calibration = load_token_sets(options, tokenizer, SAMPLE_TOKENS).calibration
+    model = AutoModelForCausalLM.from_pretrained(twin, dtype="auto").eval()
+    largest = collect_activation_stats(model, (ids for ids, _, _ in calibration.batches(4)))
     # Seven linear layers in each of four blocks, and the head.
-    assert done.stdout == f"{out}: 29 layers, {ENOUGH_SAMPLES * SAMPLE_TOKENS} tokens.\n"
+    assert len(largest) == 29
+    write_activation_stats(largest, out, tokens=calibration.tokens)
     return str(out)
 
 
@@ -131,7 +135,7 @@ def naive_static(twin: Path, stats: str, out: Path) -> Path:
         for name, linear in block_linears(model).items()
     }
     scales = {name: {Role.INPUT_SCALE: largest[name].max().view(1) / 127} for name in layers}
-    config = get_format(STATIC.dialect).render(STATIC, ("lm_head",))
+    config = get_format(STATIC.dialect).render(dict.fromkeys(layers, STATIC), ("lm_head",))
     exchange = exchange_layers(layers, STATIC, scales)
     write_checkpoint(twin, out, exchange, {"quantization_config": config})
     return out

@@ -204,7 +204,7 @@ def test_without_statistics_the_log_says_in_a_line_how_to_smooth(llama, engines:
 
     (line,) = [line for line in log if line.startswith("WARNING")]
     assert "smoothing needs the largest input of every channel" in line
-    assert "python -m vllm_quantkit.quantize.activation_stats MODEL TEXT --out FILE" in line
+    assert "quantkit calibrate MODEL --calibration TEXT --out FILE" in line
     assert '--additional-config \'{"quantkit": {"activation_stats": "FILE"}}\'' in line
     assert not any("smoothed" in line for line in log)
 

@@ -1,8 +1,6 @@
 """Collecting the largest input of every channel, and the file it is kept in."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +10,10 @@ from transformers import AutoModelForCausalLM
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.quantize.activation_stats import (
     collect_activation_stats,
-    main,
     read_activation_stats,
     write_activation_stats,
 )
 
-LICENSE = Path(__file__).parents[2] / "LICENSE"
 STATS = {"a.b": torch.tensor([1.0, 0.0, 3.5]), "c": torch.tensor([2.0])}
 
 
@@ -49,20 +45,6 @@ def test_a_file_holds_what_was_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["stats"]
 
 
-def test_the_command_line(llama, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "stats.safetensors"
-    sizes = ["--samples", "4", "--length", "64"]
-    arguments = ["activation_stats", str(llama), str(LICENSE), "--out", str(out), *sizes]
-    monkeypatch.setattr(sys, "argv", arguments)
-
-    main()
-
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{out}: 15 layers, 256 tokens."
-    assert said[1] == "Fewer than 256 samples give unstable maxima."
-    assert read_activation_stats(out)["model.layers.1.mlp.down_proj"].shape == (256,)
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
 def test_values_that_are_no_magnitudes_are_refused(value, tmp_path):
     write_activation_stats({**STATS, "c": torch.tensor([value])}, tmp_path / "stats", tokens=7)
@@ -72,7 +54,7 @@ def test_values_that_are_no_magnitudes_are_refused(value, tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
-    how = re.escape("collect them with python -m vllm_quantkit.quantize.activation_stats MODEL")
+    how = re.escape("collect them with quantkit calibrate MODEL --calibration TEXT --out FILE.")
     other, damaged = tmp_path / "other", tmp_path / "damaged"
     save_file({"weight": torch.ones(2)}, other)
     write_activation_stats(STATS, damaged, tokens=7)

@@ -26,8 +26,8 @@ logger = init_logger("vllm.quantkit")
 
 HOW_TO_SMOOTH = (
     "activations are quantised as they are: smoothing needs the largest input of every channel. "
-    "Collect it with `python -m vllm_quantkit.quantize.activation_stats MODEL TEXT --out FILE` and "
-    'pass --additional-config \'{"quantkit": {"activation_stats": "FILE"}}\'.'
+    "Collect it with `quantkit calibrate MODEL --calibration TEXT --out FILE` and pass "
+    '--additional-config \'{"quantkit": {"activation_stats": "FILE"}}\'.'
 )
 
 NOT_SMOOTHED = (

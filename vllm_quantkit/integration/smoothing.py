@@ -144,7 +144,7 @@ class Smoothing:
         if stored not in self._stats:
             raise CheckpointError(
                 f"the file of activation_stats has no entry for {stored}; collect the statistics "
-                f"from this model with python -m vllm_quantkit.quantize.activation_stats."
+                f"from this model with quantkit calibrate MODEL --calibration TEXT --out FILE."
             )
         return self._stats[stored]
 

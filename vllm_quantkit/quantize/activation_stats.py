@@ -1,11 +1,7 @@
-"""The largest input of every channel of every linear layer: what SmoothQuant and LLM.int8() read.
-
-python -m vllm_quantkit.quantize.activation_stats MODEL TEXT --out FILE
-"""
+"""The largest input of every channel of every layer: what SmoothQuant and LLM.int8() read."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -15,14 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_quantkit.errors import CheckpointError
-from vllm_quantkit.quantize.calibration import token_windows
 
 FORMAT = "quantkit-activation-stats"
 ENDING = ".input_absmax"
-ENOUGH_SAMPLES = 256
 
 
 def collect_activation_stats(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -79,38 +72,9 @@ def read_activation_stats(path: Path) -> dict[str, Tensor]:
     return stats
 
 
-HOW_TO_COLLECT = (
-    "collect them with python -m vllm_quantkit.quantize.activation_stats MODEL TEXT --out FILE."
-)
+HOW_TO_COLLECT = "collect them with quantkit calibrate MODEL --calibration TEXT --out FILE."
 
 
 def _note(largest: dict[str, Tensor], name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
     here = args[0].detach().flatten(0, -2).abs().amax(0).float()
     largest[name] = largest[name].maximum(here) if name in largest else here
-
-
-def main() -> None:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description="Largest input of every channel of every layer")
-    parser.add_argument("model", type=Path, help="a transformers folder")
-    parser.add_argument("text", type=Path, help="calibration text, a UTF-8 file")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=ENOUGH_SAMPLES)
-    parser.add_argument("--length", type=int, default=512, help="tokens in a sample")
-    args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
-    windows = token_windows(
-        args.text.read_text(),
-        AutoTokenizer.from_pretrained(args.model),
-        count=args.samples,
-        length=args.length,
-    )
-    stats = collect_activation_stats(model, windows.split(4))
-    write_activation_stats(stats, args.out, tokens=windows.numel())
-    print(f"{args.out}: {len(stats)} layers, {windows.numel()} tokens.")
-    if args.samples < ENOUGH_SAMPLES:
-        print(f"Fewer than {ENOUGH_SAMPLES} samples give unstable maxima.")
-
-
-if __name__ == "__main__":
-    main()
