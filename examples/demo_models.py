@@ -11,6 +11,7 @@ from pathlib import Path
 
 CACHE = Path(".cache/demo")
 TINY_LM = Path("examples/tiny-lm")
+CALIBRATION = TINY_LM / "data/calibration.txt"
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,17 @@ def _download(model: str, progress: Callable[[str], None]) -> Path:
 
 def _quantize(source: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    script = TINY_LM / "quantize.py"
+    recipe = ("--scheme", "awq", "--format", "awq", "--group-size", "64")
+    text = ("--calibration", str(CALIBRATION), "--samples", "64", "--length", "512")
+    options = (*recipe, *text, "--allow-few-samples", "--held-out", "8")
     command = [
         sys.executable,
-        str(script),
-        "--model",
+        "-m",
+        "vllm_quantkit.cli",
+        "quantize",
         str(source),
-        "--scheme",
-        "awq",
         "--out",
         str(out),
     ]
-    if subprocess.run(command, env={**os.environ}, check=False).returncode != 0:
+    if subprocess.run([*command, *options], env={**os.environ}, check=False).returncode != 0:
         raise ValueError(f"{source} could not be quantised; the lines above say why.")

@@ -1,44 +1,31 @@
-import re
-import runpy
-import sys
+"""`make demo MODEL=FOLDER` quantises the folder once."""
+
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
 
+from examples import demo_models
 from vllm_quantkit.checkpoint import audit, read_headers, read_quantization_config
 from vllm_quantkit.formats import get_format
 
-DEMO = Path(__file__).parents[2] / "examples" / "tiny-lm"
+
+def test_a_folder_is_quantised_once(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_models, "CACHE", tmp_path)
+    said: list[str] = []
+    models = demo_models.prepare(str(llama), said.append)
+    assert len(said) == 1
+    assert "held-out perplexity" in capfd.readouterr().out
+    rules = get_format("awq").parse(read_quantization_config(Path(models.quantized)))
+    assert len(audit(read_headers(Path(models.quantized)), rules).quantised) == 14
+    assert demo_models.prepare(str(llama), said.append) == models
+    assert len(said) == 1
 
 
-def run_demo(monkeypatch: pytest.MonkeyPatch, *options: str | Path) -> None:
-    """Runs the script in this process, which has PyTorch loaded already."""
-    monkeypatch.syspath_prepend(DEMO)
-    monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, options)])
-    runpy.run_path(str(DEMO / "quantize.py"), run_name="__main__")
-    for neighbour in ("evaluate", "model"):
-        del sys.modules[neighbour]
-
-
-@pytest.mark.parametrize("scheme", ["awq", "gptq"])
-def test_the_demo_writes_a_checkpoint_and_says_what_it_costs(
-    scheme: str,
-    llama: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    out = tmp_path / "out"
-    for name in ("calibration.txt", "held_out.txt"):
-        (tmp_path / name).write_text((DEMO / "data" / name).read_text()[:4000])
-    options = ["--model", llama, "--data", tmp_path, "--scheme", scheme, "--out", out]
-    run_demo(monkeypatch, *options, "--windows=2", "--length=64")
-    printed = capsys.readouterr().out
-    assert printed.count("output error") == 14
-    assert re.search(r"weights: [\d,]+ -> [\d,]+ bytes", printed)
-    perplexities = re.search(r"tokens: ([\d.]+) -> ([\d.]+)\n", printed)
-    assert perplexities
-    before, after = map(float, perplexities.groups())
-    assert abs(after / before - 1) < 0.2
-    rules = get_format(scheme).parse(read_quantization_config(out))
-    assert len(audit(read_headers(out), rules).quantised) == 14
+def test_a_model_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="'no/model' is neither a folder nor a model"):
+        demo_models.prepare("no/model", print)

@@ -1,0 +1,123 @@
+"""What the commands `quantkit quantize` and `quantkit calibrate` do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vllm_quantkit.errors import ConfigError
+from vllm_quantkit.quantize.activation_stats import write_activation_stats
+from vllm_quantkit.quantize.calibration import CalibrationOptions, read_calibration_options
+from vllm_quantkit.quantize.collecting import collect_ranges
+from vllm_quantkit.quantize.estimate import estimate
+from vllm_quantkit.quantize.hub import model_folder
+from vllm_quantkit.quantize.job import Job, run_options
+from vllm_quantkit.quantize.presets import KEEP
+from vllm_quantkit.quantize.progress import Bars
+from vllm_quantkit.quantize.recipe_file import Recipe, read_recipe
+from vllm_quantkit.quantize.report import render_lines
+from vllm_quantkit.quantize.run_options import GIB, RunOptions
+from vllm_quantkit.quantize.workspace import refuse_existing
+from vllm_quantkit.spec import Frozen
+
+NOTHING = Recipe(scheme=KEEP)
+"""Of a run that only looks."""
+
+
+def run_quantize(
+    model: str,
+    out: Path | None,
+    recipe: Path | None,
+    given: Mapping[str, Any],
+    console: Console,
+    *,
+    dry_run: bool,
+) -> None:
+    """Quantises `model` into `out` and prints what that cost; or only the plan.
+
+    Args:
+        model: folder or hub name.
+        out: the new folder.
+        recipe: a YAML file; options on the command line go over it.
+        given: options on the command line.
+        console: where to print.
+        dry_run: True only plans.
+
+    Raises:
+        QuantkitError: see `Job` and `pipeline.quantize`.
+    """
+    written = {} if recipe is None else read_recipe(recipe)
+    job = Job.prepare(
+        model,
+        _recipe_keys(written, given),
+        {**_calibration_keys(written), **_known(given, CalibrationOptions)},
+        _known(given, RunOptions),
+    )
+    if dry_run:
+        for line in estimate(job).lines():
+            console.print(line)
+        return
+    if out is None:
+        raise ConfigError("no place to write to was given: pass --out FOLDER.")
+    job = job.rehearsing(given.get("layers"))
+    sets = job.token_sets()
+    for warning in () if sets is None else sets.warnings:
+        console.print(f"warning: {warning}")
+    with Bars(console) as bars:
+        report = job.quantize(out, sets, bars)
+    for line in render_lines(report):
+        console.print(line)
+    console.print(f"peak memory: {report.resources.host_bytes / GIB:.2f} GiB on the host")
+    if report.resources.device_bytes is not None:
+        console.print(f"peak memory: {report.resources.device_bytes / GIB:.2f} GiB on the device")
+    console.print(f"serve it: vllm serve {out}")
+
+
+def run_calibrate(model: str, out: Path, given: Mapping[str, Any], console: Console) -> None:
+    """Writes the largest input of every channel of every layer of `model` to `out`.
+
+    Raises:
+        QuantkitError: see `Job` and `collect_ranges`.
+    """
+    refuse_existing(out)
+    options = read_calibration_options({**_known(given, CalibrationOptions), "held_out": 1})
+    job = Job(model, model_folder(model), NOTHING, options, run_options(_known(given, RunOptions)))
+    sets = job.token_sets()
+    if sets is None:
+        raise ConfigError("no calibration text was given: pass --calibration FILE.")
+    for warning in sets.warnings:
+        console.print(f"warning: {warning}")
+    with Bars(console) as bars:
+        stats = collect_ranges(job.source, sets.calibration, run=job.run, watcher=bars)
+    largest = {name: ranges.absmax for name, ranges in stats.items()}
+    write_activation_stats(largest, out, tokens=sets.calibration.tokens)
+    console.print(f"{out}: {len(largest)} layers, {sets.calibration.tokens:,} tokens.")
+
+
+def _known(given: Mapping[str, Any], model: type[Frozen]) -> dict[str, Any]:
+    """Of the options given, those that are fields of `model`."""
+    return {name: given[name] for name in model.model_fields if given.get(name) is not None}
+
+
+def _calibration_keys(written: Mapping[str, Any]) -> dict[str, Any]:
+    keys = written.get("calibration", {})
+    if not isinstance(keys, dict):
+        raise ConfigError(
+            f"calibration = {keys!r} in the recipe: must be a mapping such as 'source: text.txt'."
+        )
+    return keys
+
+
+def _recipe_keys(written: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's keys with the command line's over them."""
+    keys = {name: value for name, value in written.items() if name != "calibration"}
+    keys |= {name: value for name, value in _known(given, Recipe).items() if name != "layers"}
+    if "output_format" in given:
+        keys["format"] = given["output_format"]
+    if "ignore" in given:
+        kept = {"match": given["ignore"], "scheme": KEEP}
+        keys["layers"] = [kept, *keys.get("layers", ())]
+    return keys
