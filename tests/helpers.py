@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.formats import get_format
-from vllm_quantkit.quantize.checkpoint import Exchange, exchange_layers, write_checkpoint
-from vllm_quantkit.quantize.rtn import rtn
+from vllm_quantkit.quantize.methods.rtn import rtn
+from vllm_quantkit.quantize.output.checkpoint import Exchange, exchange_layers, write_checkpoint
 from vllm_quantkit.spec import SchemeSpec
 
 

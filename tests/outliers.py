@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vllm_quantkit.quantize.model_map import SourceKind, Stage
-from vllm_quantkit.quantize.model_shell import ModelShell
-from vllm_quantkit.quantize.smoothquant import Sharing
+from vllm_quantkit.quantize.methods.smoothquant import Sharing
+from vllm_quantkit.quantize.model.model_map import SourceKind, Stage
+from vllm_quantkit.quantize.model.model_shell import ModelShell
 
 SMALLEST, LARGEST = 30.0, 60.0
 """Range of the factors, as channels of large models stand out (arXiv 2208.07339)."""
@@ -33,7 +33,7 @@ def outlier_twin(model_folder: Path, out: Path, *, share: float = SHARE, seed: i
     are the same in all blocks, and the norms of a block have theirs in common; factors differ.
 
     Args:
-        model_folder: a transformers folder of a family in `quantize.model_map`.
+        model_folder: a transformers folder of a family in `quantize.model.model_map`.
         out: must not exist.
         share: of the channels that become outliers.
         seed: of channels and factors.

@@ -18,7 +18,7 @@ from quantkit_kernels.act_quant import RowQuantizer, reference_quantize
 from quantkit_kernels.llm_int8 import reference_llm_int8
 from quantkit_kernels.wna16 import QuantizedWeight
 from tests.helpers import block_linears, output_major
-from vllm_quantkit.quantize.data_free import quantize_data_free
+from vllm_quantkit.quantize.methods.data_free import quantize_data_free
 from vllm_quantkit.spec import ActivationSpec, LayerRules, SchemeSpec
 
 

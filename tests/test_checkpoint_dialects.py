@@ -11,7 +11,7 @@ from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.checkpoint import TensorHeader, audit, read_headers
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.formats import Role, get_format
-from vllm_quantkit.quantize.checkpoint import exchange_layers
+from vllm_quantkit.quantize.output.checkpoint import exchange_layers
 from vllm_quantkit.spec import (
     ALL_ROWS,
     ActivationSpec,

@@ -6,7 +6,7 @@ import torch
 from quantkit_kernels.wna16 import QuantizedWeight
 from tests.written_schemes import FLOAT, TOKEN_FP8, W8A8, compressed, gptq, integers, quantkit
 from vllm_quantkit.formats import get_format
-from vllm_quantkit.quantize.checkpoint import encode_layer, scale_dtype_for
+from vllm_quantkit.quantize.output.checkpoint import encode_layer, scale_dtype_for
 
 N, K = 16, 64
 AWQ = get_format("awq").scheme(integers(4, 32, symmetric=False), None)

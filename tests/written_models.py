@@ -15,16 +15,16 @@ from quantkit_kernels.wna16 import QuantizedWeight
 from tests.helpers import block_linears, output_major
 from vllm_quantkit._safetensors import read_headers
 from vllm_quantkit.formats import Role
-from vllm_quantkit.quantize.checkpoint import (
+from vllm_quantkit.quantize.methods.float8 import quantize_float8
+from vllm_quantkit.quantize.methods.rtn import rtn, split_groups
+from vllm_quantkit.quantize.output.checkpoint import (
     encode_layer,
     quantization_config,
     scale_dtype_for,
 )
-from vllm_quantkit.quantize.float8 import quantize_float8
-from vllm_quantkit.quantize.records import BlockRecord, LayerRecord
-from vllm_quantkit.quantize.rtn import rtn, split_groups
-from vllm_quantkit.quantize.verify import weight_digest
-from vllm_quantkit.quantize.workspace import Workspace
+from vllm_quantkit.quantize.output.records import BlockRecord, LayerRecord
+from vllm_quantkit.quantize.output.verify import weight_digest
+from vllm_quantkit.quantize.output.workspace import Workspace
 from vllm_quantkit.spec import SchemeSpec, WeightSpec
 
 SchemeFor = Callable[[str], SchemeSpec | None]

@@ -43,7 +43,7 @@ class LayerOptions(Frozen):
     Attributes:
         group_size: input channels that share a weight scale; -1 for one scale per output channel.
         symmetric: True for no zero-points.
-        refine: how a group's grid is found, see `quantize.data_free`.
+        refine: how a group's grid is found, see `quantize.methods.data_free`.
         weight_scales: one FP8 weight scale per `channel` or per `tensor`.
         activation_scales: one dynamic FP8 activation scale per `token` or per `tensor`.
         threshold: magnitude from which LLM.int8() multiplies an input channel in 16 bits.

@@ -118,7 +118,7 @@ class SchemeSpec(Frozen):
         dialect: whose tensor names and packing the checkpoint uses.
         weight: the numerics of the weight.
         variant: the dialect's own layout version, such as AWQ's `gemm` or GPTQ's `gptq_v2`; for
-            `16-bit`, how grids are refined (`quantize.data_free.Refinement`).
+            `16-bit`, how grids are refined (`quantize.methods.data_free.Refinement`).
         activation: the numerics of the activations; None leaves them in 16 bits.
     """
 

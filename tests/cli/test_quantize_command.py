@@ -13,7 +13,7 @@ from tests.tiny_models import create_tiny_model
 from vllm_quantkit import cli
 from vllm_quantkit.quantize.activation_stats import read_activation_stats
 from vllm_quantkit.quantize.job import Job
-from vllm_quantkit.quantize.report import REPORT_FILE, read_report
+from vllm_quantkit.quantize.output.report import REPORT_FILE, read_report
 
 SOURCE = Path(__file__).parents[2] / "examples/tiny-lm/data/held_out.txt"
 FEW = ["--samples", "8", "--length", "32", "--held-out", "2", "--allow-few-samples"]

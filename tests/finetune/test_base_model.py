@@ -29,7 +29,7 @@ from vllm_quantkit.errors import CheckpointError, ConfigError, UnsupportedScheme
 from vllm_quantkit.finetune import FrozenLinear, load_frozen
 from vllm_quantkit.formats import get_format
 from vllm_quantkit.options import Options
-from vllm_quantkit.quantize.checkpoint import write_checkpoint
+from vllm_quantkit.quantize.output.checkpoint import write_checkpoint
 from vllm_quantkit.schemes import get_method
 from vllm_quantkit.schemes.at_load import load_rules
 from vllm_quantkit.spec import LayerRules

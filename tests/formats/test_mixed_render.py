@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from quantkit_kernels.act_quant import PER_TENSOR
 from vllm_quantkit.errors import ConfigError, UnsupportedScheme
 from vllm_quantkit.formats import get_format
-from vllm_quantkit.quantize.checkpoint import quantization_config
+from vllm_quantkit.quantize.output.checkpoint import quantization_config
 from vllm_quantkit.spec import ALL_ROWS, ActivationSpec, SchemeSpec, WeightSpec
 
 LEAVES = (

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import block_linears
 from tests.reference_model import load_reference
 from vllm_quantkit.formats import Role, get_format
-from vllm_quantkit.quantize.checkpoint import exchange_layers, write_checkpoint
-from vllm_quantkit.quantize.data_free import quantize_data_free
+from vllm_quantkit.quantize.methods.data_free import quantize_data_free
+from vllm_quantkit.quantize.output.checkpoint import exchange_layers, write_checkpoint
 from vllm_quantkit.spec import (
     ALL_ROWS,
     PER_CHANNEL,

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import QuantizedPair, block_linears, dequantized_weights, output_major
-from vllm_quantkit.quantize.checkpoint import Exchange, exchange_layers, write_checkpoint
-from vllm_quantkit.quantize.rtn import rtn
+from vllm_quantkit.quantize.methods.rtn import rtn
+from vllm_quantkit.quantize.output.checkpoint import Exchange, exchange_layers, write_checkpoint
 from vllm_quantkit.spec import LayerRules, SchemeSpec, WeightSpec
 
 

@@ -22,7 +22,7 @@ from tests.reference_model import load_reference, merged_outputs
 from tests.tiny_models import create_tiny_model
 from vllm_quantkit.formats import Role
 from vllm_quantkit.formats.bitsandbytes import assemble
-from vllm_quantkit.quantize.checkpoint import write_checkpoint
+from vllm_quantkit.quantize.output.checkpoint import write_checkpoint
 from vllm_quantkit.spec import (
     LayerShape,
     SchemeSpec,

@@ -27,8 +27,8 @@ from vllm_quantkit.quantize.activation_stats import (
     write_activation_stats,
 )
 from vllm_quantkit.quantize.calibration import CalibrationOptions, load_token_sets
-from vllm_quantkit.quantize.checkpoint import exchange_layers, write_checkpoint
-from vllm_quantkit.quantize.rtn import rtn
+from vllm_quantkit.quantize.methods.rtn import rtn
+from vllm_quantkit.quantize.output.checkpoint import exchange_layers, write_checkpoint
 from vllm_quantkit.spec import PER_CHANNEL, ActivationSpec, SchemeSpec, WeightSpec
 
 pytestmark = pytest.mark.engine

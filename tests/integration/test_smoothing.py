@@ -23,7 +23,7 @@ from vllm_quantkit.quantize.activation_stats import (
     collect_activation_stats,
     write_activation_stats,
 )
-from vllm_quantkit.quantize.data_free import quantize_data_free
+from vllm_quantkit.quantize.methods.data_free import quantize_data_free
 from vllm_quantkit.schemes.smoothquant import SmoothQuant
 
 pytestmark = pytest.mark.engine

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tests.quantize.quantized_runs import random_sets, run
-from vllm_quantkit.quantize.report import peak_host_bytes
+from vllm_quantkit.quantize.output.report import peak_host_bytes
 
 KEYS = {"scheme": "awq+gptq"}
 

@@ -14,12 +14,12 @@ from vllm_quantkit._safetensors import read_headers, read_quantization_config
 from vllm_quantkit.checkpoint import audit
 from vllm_quantkit.formats import get_format
 from vllm_quantkit.quantize.calibration import TokenSet, TokenSets
+from vllm_quantkit.quantize.output.report import Report
+from vllm_quantkit.quantize.output.verify import read_layer
 from vllm_quantkit.quantize.pipeline import quantize
 from vllm_quantkit.quantize.progress import Watcher
-from vllm_quantkit.quantize.recipe_file import make_recipe
-from vllm_quantkit.quantize.report import Report
+from vllm_quantkit.quantize.recipes.recipe_file import make_recipe
 from vllm_quantkit.quantize.run_options import RunOptions
-from vllm_quantkit.quantize.verify import read_layer
 
 
 def random_sets(samples: int = 8, length: int = 32, held_out: int = 3) -> TokenSets:

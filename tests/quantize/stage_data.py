@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_quantkit.quantize.statistics import InputMoments, InputStats
+from vllm_quantkit.quantize.observation.statistics import InputMoments, InputStats
 
 
 def generator(seed: int) -> torch.Generator:

@@ -5,12 +5,17 @@ import torch
 from torch import Tensor
 
 from tests.quantize.stage_data import correlated_inputs, generator, relative_error, stats_of
-from vllm_quantkit.quantize.awq import ALPHAS, awq_scales, relative_magnitude, search_awq_scales
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.rounding import nearest, output_error
-from vllm_quantkit.quantize.rtn import rtn
-from vllm_quantkit.quantize.smoothquant import Sharing
-from vllm_quantkit.quantize.transforms import channel_scales
+from vllm_quantkit.quantize.methods.awq import (
+    ALPHAS,
+    awq_scales,
+    relative_magnitude,
+    search_awq_scales,
+)
+from vllm_quantkit.quantize.methods.rounding import nearest, output_error
+from vllm_quantkit.quantize.methods.rtn import rtn
+from vllm_quantkit.quantize.methods.smoothquant import Sharing
+from vllm_quantkit.quantize.methods.transforms import channel_scales
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 from vllm_quantkit.spec import WeightSpec
 
 N, K = 48, 256

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vllm_quantkit.errors import CheckpointError, UnsupportedScheme
-from vllm_quantkit.quantize.block_calls import BlockCaller, TensorPool
-from vllm_quantkit.quantize.model_shell import ModelShell
+from vllm_quantkit.quantize.model.block_calls import BlockCaller, TensorPool
+from vllm_quantkit.quantize.model.model_shell import ModelShell
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from tests.tiny_models import COMMON, MOE_MODELS, TinyModel, randomise
-from vllm_quantkit.quantize.experts import LinearExperts, can_be_taken_apart
+from vllm_quantkit.quantize.model.experts import LinearExperts, can_be_taken_apart
 
 ROUNDING = 1e-6
 """Of the largest output: gate and up are two products instead of one, in float32."""

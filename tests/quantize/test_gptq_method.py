@@ -8,8 +8,8 @@ from torch import Tensor
 
 from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import QuantkitError
-from vllm_quantkit.quantize import gptq, rtn
-from vllm_quantkit.quantize.gptq import find_feedback
+from vllm_quantkit.quantize.methods.gptq import find_feedback, gptq
+from vllm_quantkit.quantize.methods.rtn import rtn
 from vllm_quantkit.spec import WeightSpec
 
 N, K = 24, 200

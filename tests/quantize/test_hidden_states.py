@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_quantkit.errors import QuantkitError
-from vllm_quantkit.quantize.activations import HiddenStates
+from vllm_quantkit.quantize.model.hidden_states import HiddenStates
 
 SHAPES = [(2, 5, 24), (1, 7, 24), (2, 0, 24)]
 

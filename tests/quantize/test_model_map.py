@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny_models import MOE_MODELS, TINY_MODELS, create_tiny_model
-from vllm_quantkit.quantize.experts import LinearExperts
-from vllm_quantkit.quantize.model_map import (
+from vllm_quantkit.quantize.methods.smoothquant import Sharing
+from vllm_quantkit.quantize.model.experts import LinearExperts
+from vllm_quantkit.quantize.model.model_map import (
     FAMILIES,
     BlockParts,
     Heads,
@@ -23,8 +24,7 @@ from vllm_quantkit.quantize.model_map import (
     heads_of,
     stages_of,
 )
-from vllm_quantkit.quantize.model_shell import ModelShell
-from vllm_quantkit.quantize.smoothquant import Sharing
+from vllm_quantkit.quantize.model.model_shell import ModelShell
 from vllm_quantkit.spec import LayerShape
 
 MAPPED = [family for family in (*TINY_MODELS, *MOE_MODELS) if family != "gpt2"]

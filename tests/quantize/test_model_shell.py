@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from tests.tiny_models import COMMON, GEMMA, MOE_MODELS, TINY_MODELS, create_tiny_model, randomise
-from vllm_quantkit.quantize.model_shell import ModelShell
+from vllm_quantkit.quantize.model.model_shell import ModelShell
 
 FAMILIES = [family for family in (*TINY_MODELS, *MOE_MODELS) if family != "gpt2"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.tiny_models import create_tiny_model
 from vllm_quantkit.errors import CheckpointError, UnsupportedScheme
-from vllm_quantkit.quantize.model_shell import ModelShell
+from vllm_quantkit.quantize.model.model_shell import ModelShell
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -22,7 +22,7 @@ from tests.quantize.quantized_runs import (
 from tests.tiny_models import create_tiny_model
 from vllm_quantkit.errors import CheckpointError, ConfigError, QuantkitError
 from vllm_quantkit.formats import get_format
-from vllm_quantkit.quantize.report import REPORT_FILE, read_report
+from vllm_quantkit.quantize.output.report import REPORT_FILE, read_report
 
 SETS = random_sets()
 ODD = {"scheme": "gptq", "bits": 3, "group_size": 32, "symmetric": False, "act_order": "group"}

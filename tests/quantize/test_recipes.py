@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vllm_quantkit.errors import ConfigError
-from vllm_quantkit.quantize.presets import KEEP, PRESETS, LayerOptions
-from vllm_quantkit.quantize.recipe_file import Recipe, make_recipe, read_recipe
+from vllm_quantkit.quantize.recipes.presets import KEEP, PRESETS, LayerOptions
+from vllm_quantkit.quantize.recipes.recipe_file import Recipe, make_recipe, read_recipe
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.quantize.calibration import CalibrationOptions, TokenSet, TokenSets
-from vllm_quantkit.quantize.model_card import BEGIN, END, card_section, with_section
-from vllm_quantkit.quantize.records import BlockRecord, LayerRecord
-from vllm_quantkit.quantize.report import (
+from vllm_quantkit.quantize.output.model_card import BEGIN, END, card_section, with_section
+from vllm_quantkit.quantize.output.records import BlockRecord, LayerRecord
+from vllm_quantkit.quantize.output.report import (
     CalibrationSummary,
     Quality,
     Report,

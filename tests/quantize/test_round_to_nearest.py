@@ -3,8 +3,7 @@ import torch
 
 from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import QuantkitError
-from vllm_quantkit.quantize import rtn
-from vllm_quantkit.quantize.rtn import diagonal_blocks
+from vllm_quantkit.quantize.methods.rtn import diagonal_blocks, rtn
 from vllm_quantkit.spec import WeightSpec
 
 SPECS = [

@@ -13,11 +13,11 @@ from quantkit_kernels.code_types import FLOAT8_DTYPES
 from quantkit_kernels.wna16 import QuantizedWeight
 from tests.quantize.stage_data import correlated_inputs, random_weight, relative_error, stats_of
 from vllm_quantkit.errors import QuantkitError, UnsupportedScheme
-from vllm_quantkit.quantize.gptq import Feedback
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.rounding import Rounded, nearest, round_weight, round_weights
-from vllm_quantkit.quantize.rtn import rtn
-from vllm_quantkit.quantize.statistics import InputStats
+from vllm_quantkit.quantize.methods.gptq import Feedback
+from vllm_quantkit.quantize.methods.rounding import Rounded, nearest, round_weight, round_weights
+from vllm_quantkit.quantize.methods.rtn import rtn
+from vllm_quantkit.quantize.observation.statistics import InputStats
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 from vllm_quantkit.spec import ALL_ROWS, WeightSpec
 
 N, K = 20, 136
@@ -238,7 +238,7 @@ def test_a_weight_beyond_float16_scales_is_refused():
 def test_codes_worse_than_clipping_are_dropped(monkeypatch: pytest.MonkeyPatch):
     broken = rtn(torch.zeros_like(WEIGHT), recipe_of().weight)
     monkeypatch.setattr(
-        "vllm_quantkit.quantize.rounding.gptq", lambda *args, **named: (broken, 0.01)
+        "vllm_quantkit.quantize.methods.rounding.gptq", lambda *args, **named: (broken, 0.01)
     )
     rounded = round_half(WEIGHT, STATS, recipe_of())
     expected = rtn(WEIGHT, recipe_of().weight, clip=True, hessian=STATS.hessian)
@@ -249,7 +249,7 @@ def test_codes_worse_than_clipping_are_dropped(monkeypatch: pytest.MonkeyPatch):
 def test_overflowing_feedback_falls_back(monkeypatch: pytest.MonkeyPatch):
     feedback = Feedback(torch.full((K, K), torch.inf).triu(), STATS.hessian.diagonal(), 0.01)
     # By its module, since the package has a function of that name.
-    module = sys.modules["vllm_quantkit.quantize.gptq"]
+    module = sys.modules["vllm_quantkit.quantize.methods.gptq"]
     monkeypatch.setattr(module, "find_feedback", lambda hessian, damping: feedback)
     rounded = round_half(WEIGHT, STATS, recipe_of())
     assert is_clipped_without_inputs(rounded, WEIGHT, recipe_of())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vllm_quantkit.errors import UnsupportedScheme
-from vllm_quantkit.quantize.skeleton import LARGE, find_blocks, parameters_on_meta
+from vllm_quantkit.quantize.model.skeleton import LARGE, find_blocks, parameters_on_meta
 
 
 class Block(nn.Module):

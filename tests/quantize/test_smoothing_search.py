@@ -5,15 +5,15 @@ import torch
 from torch import Tensor
 
 from tests.quantize.stage_data import correlated_inputs, random_weight, stats_of
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.smoothing_search import (
+from vllm_quantkit.quantize.methods.smoothing_search import (
     ALPHAS,
     scaled_ranges,
     search_smoothing_scales,
     served_inputs,
     smoothing_scales,
 )
-from vllm_quantkit.quantize.smoothquant import Sharing
+from vllm_quantkit.quantize.methods.smoothquant import Sharing
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 from vllm_quantkit.spec import ActivationSpec, WeightSpec
 
 K = 80

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_quantkit.quantize.smoothquant import Sharing, smooth_weight, smoothing_factors
+from vllm_quantkit.quantize.methods.smoothquant import Sharing, smooth_weight, smoothing_factors
 
 
 def test_factors_are_the_papers_rounded_to_powers_of_two():

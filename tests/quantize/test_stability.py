@@ -17,8 +17,7 @@ from quantkit_kernels.act_quant.rows import PER_TENSOR, RowQuantizer
 from tests.helpers import block_linears
 from vllm_quantkit.errors import QuantkitError
 from vllm_quantkit.quantize.calibration import CalibrationOptions, TokenSet, load_token_sets
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.stability import (
+from vllm_quantkit.quantize.observation.stability import (
     STATIC_REFUSED,
     UNSTABLE,
     UnstableScales,
@@ -27,7 +26,8 @@ from vllm_quantkit.quantize.stability import (
     scale_disagreement,
     static_input_scale,
 )
-from vllm_quantkit.quantize.statistics import InputMoments, Ranges
+from vllm_quantkit.quantize.observation.statistics import InputMoments, Ranges
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 from vllm_quantkit.spec import ActivationSpec, WeightSpec
 
 DEMO = Path(__file__).parents[2] / "examples" / "tiny-lm"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_quantkit.errors import QuantkitError
-from vllm_quantkit.quantize.statistics import BLOCK, SAMPLE_ROWS, InputMoments
+from vllm_quantkit.quantize.observation.statistics import BLOCK, SAMPLE_ROWS, InputMoments
 
 
 @pytest.mark.parametrize("width", [3, BLOCK, 2 * BLOCK + 7])

@@ -15,10 +15,10 @@ from tests.quantize.stage_data import (
     relative_error,
     stats_of,
 )
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.rounding import round_weight
-from vllm_quantkit.quantize.smoothquant import Sharing
-from vllm_quantkit.quantize.transforms import channel_scales, fold, scaled_stats
+from vllm_quantkit.quantize.methods.rounding import round_weight
+from vllm_quantkit.quantize.methods.smoothquant import Sharing
+from vllm_quantkit.quantize.methods.transforms import channel_scales, fold, scaled_stats
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 from vllm_quantkit.spec import ActivationSpec, WeightSpec
 
 NO_SHARING = Sharing(1, 1)

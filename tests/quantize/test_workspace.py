@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tests.quantize.workspace_run import BLOCKS, PLAN, block, killed, run
 from vllm_quantkit.checkpoint import read_headers
 from vllm_quantkit.errors import CheckpointError
-from vllm_quantkit.quantize import disk, model_folder, safetensors_merge
-from vllm_quantkit.quantize.records import BlockRecord, LayerRecord
-from vllm_quantkit.quantize.workspace import Workspace
+from vllm_quantkit.quantize.output import disk, model_folder, safetensors_merge
+from vllm_quantkit.quantize.output.records import BlockRecord, LayerRecord
+from vllm_quantkit.quantize.output.workspace import Workspace
 
 LAYER = LayerRecord(name="a", scheme="4 bits", method="rtn", weight_error=0.5, digest="d")
 RECORD = BlockRecord(index=0, layers=(LAYER,), seconds={"round": 1.5})

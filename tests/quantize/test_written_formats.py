@@ -16,7 +16,7 @@ from tests.written_models import INPUT_SCALE, write_model
 from tests.written_schemes import MIXED, MIXED_QUANTKIT, UNIFORM, by_part
 from vllm_quantkit._safetensors import read_headers
 from vllm_quantkit.errors import CheckpointError
-from vllm_quantkit.quantize.verify import read_layer, verify_checkpoint, weight_digest
+from vllm_quantkit.quantize.output.verify import read_layer, verify_checkpoint, weight_digest
 
 ACTIVATION_TOLERANCE = 0.05
 """Relative difference of logits where activations are quantised; else they are equal bit for bit.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_quantkit.quantize.records import BlockRecord
-from vllm_quantkit.quantize.workspace import Workspace
+from vllm_quantkit.quantize.output.records import BlockRecord
+from vllm_quantkit.quantize.output.workspace import Workspace
 
 BLOCKS = 2
 PLAN = {"recipe": {"bits": 4}, "blocks": BLOCKS}

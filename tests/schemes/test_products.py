@@ -10,7 +10,7 @@ from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import UnsupportedScheme
 from vllm_quantkit.formats import Role
 from vllm_quantkit.options import LayerOptions
-from vllm_quantkit.quantize.data_free import quantize_data_free, relative_error
+from vllm_quantkit.quantize.methods.data_free import quantize_data_free, relative_error
 from vllm_quantkit.schemes import get_method, w8a8
 from vllm_quantkit.schemes.linear import linear_scheme
 from vllm_quantkit.spec import ALL_ROWS, PER_CHANNEL, WeightSpec

@@ -12,7 +12,7 @@ from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.checkpoint import QuantisedLayer, TensorHeader
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.formats import Role
-from vllm_quantkit.quantize.rtn import group_width
+from vllm_quantkit.quantize.methods.rtn import group_width
 from vllm_quantkit.schemes import LinearScheme
 from vllm_quantkit.schemes.linear import linear_scheme
 from vllm_quantkit.spec import LayerShape, WeightSpec

@@ -18,7 +18,7 @@ from vllm_quantkit.integration.report import LoadReport
 from vllm_quantkit.integration.smoothing import Smoothing
 from vllm_quantkit.options import Options
 from vllm_quantkit.quantize.activation_stats import read_activation_stats
-from vllm_quantkit.quantize.data_free import relative_error
+from vllm_quantkit.quantize.methods.data_free import relative_error
 from vllm_quantkit.schemes import Method
 from vllm_quantkit.spec import SchemeSpec
 

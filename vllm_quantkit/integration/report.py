@@ -24,7 +24,7 @@ GRIDS = {
     "clip": "grids of least squared error (clip)",
     "hqq": "half-quadratic grids (hqq)",
 }
-"""`quantize.data_free.Refinement` in words."""
+"""`quantize.methods.data_free.Refinement` in words."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.integration.blocks import DecoderLayers, Feed
 from vllm_quantkit.integration.names import LayerNames
 from vllm_quantkit.integration.sharding import ShardId, expected_outputs
-from vllm_quantkit.quantize.smoothquant import Sharing, smooth_weight, smoothing_factors
+from vllm_quantkit.quantize.methods.smoothquant import Sharing, smooth_weight, smoothing_factors
 
 ALONE = Sharing(sharers=1, width=1)
 

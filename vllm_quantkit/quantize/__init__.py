@@ -1,6 +1,1 @@
-"""Offline quantisers: tensors in, integer codes out, and the pipeline that writes checkpoints."""
-
-from vllm_quantkit.quantize.gptq import gptq
-from vllm_quantkit.quantize.rtn import rtn
-
-__all__ = ["gptq", "rtn"]
+"""Quantising a 16-bit model: `pipeline.quantize` from Python, `quantkit quantize` from a shell."""

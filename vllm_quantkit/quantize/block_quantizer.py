@@ -11,18 +11,23 @@ from torch import Tensor, nn
 
 from vllm_quantkit.errors import about
 from vllm_quantkit.quantize.calibration import TokenSet
-from vllm_quantkit.quantize.experts import LinearExperts
 from vllm_quantkit.quantize.layer_rounding import RoundedLayer, install_layer, round_layers
-from vllm_quantkit.quantize.model_map import Stage
-from vllm_quantkit.quantize.model_shell import ModelShell
-from vllm_quantkit.quantize.observing import Watch, observe
+from vllm_quantkit.quantize.methods.transforms import (
+    ChannelScales,
+    channel_scales,
+    fold,
+    scaled_stats,
+)
+from vllm_quantkit.quantize.model.experts import LinearExperts
+from vllm_quantkit.quantize.model.model_map import Stage
+from vllm_quantkit.quantize.model.model_shell import ModelShell
+from vllm_quantkit.quantize.observation.observing import Watch, observe
+from vllm_quantkit.quantize.observation.statistics import InputStats
+from vllm_quantkit.quantize.observation.streams import Stream
+from vllm_quantkit.quantize.output.records import LayerRecord
 from vllm_quantkit.quantize.plan import BlockPlan
 from vllm_quantkit.quantize.progress import Phase, Silent
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.records import LayerRecord
-from vllm_quantkit.quantize.statistics import InputStats
-from vllm_quantkit.quantize.streams import Stream
-from vllm_quantkit.quantize.transforms import ChannelScales, channel_scales, fold, scaled_stats
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 
 
 @dataclass(frozen=True)

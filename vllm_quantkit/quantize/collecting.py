@@ -6,12 +6,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vllm_quantkit.quantize.calibration import TokenSet
-from vllm_quantkit.quantize.model_shell import ModelShell
-from vllm_quantkit.quantize.observing import Watch, observe
+from vllm_quantkit.quantize.model.model_shell import ModelShell
+from vllm_quantkit.quantize.observation.observing import Watch, observe
+from vllm_quantkit.quantize.observation.statistics import Ranges
+from vllm_quantkit.quantize.observation.streams import Stream
 from vllm_quantkit.quantize.progress import Watcher
 from vllm_quantkit.quantize.run_options import RunOptions
-from vllm_quantkit.quantize.statistics import Ranges
-from vllm_quantkit.quantize.streams import Stream
 
 
 def collect_ranges(

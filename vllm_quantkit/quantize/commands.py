@@ -15,12 +15,12 @@ from vllm_quantkit.quantize.collecting import collect_ranges
 from vllm_quantkit.quantize.estimate import estimate
 from vllm_quantkit.quantize.hub import model_folder
 from vllm_quantkit.quantize.job import Job, run_options
-from vllm_quantkit.quantize.presets import KEEP
+from vllm_quantkit.quantize.output.report import render_lines
+from vllm_quantkit.quantize.output.workspace import refuse_existing
 from vllm_quantkit.quantize.progress import Bars
-from vllm_quantkit.quantize.recipe_file import Recipe, read_recipe
-from vllm_quantkit.quantize.report import render_lines
+from vllm_quantkit.quantize.recipes.presets import KEEP
+from vllm_quantkit.quantize.recipes.recipe_file import Recipe, read_recipe
 from vllm_quantkit.quantize.run_options import GIB, RunOptions
-from vllm_quantkit.quantize.workspace import refuse_existing
 from vllm_quantkit.spec import Frozen
 
 NOTHING = Recipe(scheme=KEEP)

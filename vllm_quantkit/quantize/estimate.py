@@ -12,7 +12,7 @@ import torch
 from vllm_quantkit._safetensors import read_headers
 from vllm_quantkit.quantize.calibration import CalibrationOptions
 from vllm_quantkit.quantize.job import Job
-from vllm_quantkit.quantize.model_shell import ModelShell
+from vllm_quantkit.quantize.model.model_shell import ModelShell
 from vllm_quantkit.quantize.plan import BlockPlan, LayerPlan, Plan, make_plan, stored_bytes
 from vllm_quantkit.quantize.run_options import GIB
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from vllm_quantkit.quantize.calibration import TokenSets
-from vllm_quantkit.quantize.recipe_file import Recipe
-from vllm_quantkit.quantize.report import versions
+from vllm_quantkit.quantize.output.report import versions
+from vllm_quantkit.quantize.recipes.recipe_file import Recipe
 from vllm_quantkit.quantize.run_options import RunOptions
 
 

@@ -18,11 +18,11 @@ from vllm_quantkit.quantize.calibration import (
     read_calibration_options,
 )
 from vllm_quantkit.quantize.hub import hub_name, model_folder
-from vllm_quantkit.quantize.model_shell import ModelShell
+from vllm_quantkit.quantize.model.model_shell import ModelShell
+from vllm_quantkit.quantize.output.report import CalibrationSummary, Report
 from vllm_quantkit.quantize.pipeline import quantize
 from vllm_quantkit.quantize.progress import Watcher
-from vllm_quantkit.quantize.recipe_file import Recipe, make_recipe
-from vllm_quantkit.quantize.report import CalibrationSummary, Report
+from vllm_quantkit.quantize.recipes.recipe_file import Recipe, make_recipe
 from vllm_quantkit.quantize.run_options import RunOptions, parse_blocks
 
 UNLIMITED = 1 << 30

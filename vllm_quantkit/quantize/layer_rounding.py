@@ -12,20 +12,20 @@ from quantkit_kernels.act_quant.reference import reference_quantize
 from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import QuantkitError, about
 from vllm_quantkit.formats import Role
-from vllm_quantkit.quantize.checkpoint import encode_layer, scale_dtype_for
-from vllm_quantkit.quantize.observing import quantize_inputs, row_quantizer
-from vllm_quantkit.quantize.plan import LayerPlan
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.records import LayerRecord
-from vllm_quantkit.quantize.rounding import Rounded, round_weights
-from vllm_quantkit.quantize.stability import (
+from vllm_quantkit.quantize.methods.rounding import Rounded, round_weights
+from vllm_quantkit.quantize.methods.transforms import ChannelScales
+from vllm_quantkit.quantize.observation.observing import quantize_inputs, row_quantizer
+from vllm_quantkit.quantize.observation.stability import (
     refuse_unstable_static,
     scale_disagreement,
     static_input_scale,
 )
-from vllm_quantkit.quantize.statistics import InputStats
-from vllm_quantkit.quantize.transforms import ChannelScales
-from vllm_quantkit.quantize.verify import weight_digest
+from vllm_quantkit.quantize.observation.statistics import InputStats
+from vllm_quantkit.quantize.output.checkpoint import encode_layer, scale_dtype_for
+from vllm_quantkit.quantize.output.records import LayerRecord
+from vllm_quantkit.quantize.output.verify import weight_digest
+from vllm_quantkit.quantize.plan import LayerPlan
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 from vllm_quantkit.spec import SchemeSpec
 
 NOT_SCALED = "Channels were not scaled: no op before the layer can take the scales."

@@ -19,19 +19,19 @@ from vllm_quantkit.errors import ConfigError, about
 from vllm_quantkit.quantize.block_quantizer import BlockQuantizer, Calibration
 from vllm_quantkit.quantize.calibration import TokenSet, TokenSets
 from vllm_quantkit.quantize.fingerprint import fingerprint
-from vllm_quantkit.quantize.finishing import Finisher
 from vllm_quantkit.quantize.layer_rounding import install_layer
-from vllm_quantkit.quantize.model_shell import ModelShell
+from vllm_quantkit.quantize.model.model_shell import ModelShell
+from vllm_quantkit.quantize.observation.streams import Stream
+from vllm_quantkit.quantize.output.finishing import Finisher
+from vllm_quantkit.quantize.output.records import BlockRecord
+from vllm_quantkit.quantize.output.report import CalibrationSummary, Quality, Report
+from vllm_quantkit.quantize.output.verify import decode_layer
+from vllm_quantkit.quantize.output.workspace import Workspace
 from vllm_quantkit.quantize.plan import BlockPlan, Plan, make_plan
 from vllm_quantkit.quantize.progress import Silent, Tick, Watcher
 from vllm_quantkit.quantize.quality import compare
-from vllm_quantkit.quantize.recipe_file import Recipe
-from vllm_quantkit.quantize.records import BlockRecord
-from vllm_quantkit.quantize.report import CalibrationSummary, Quality, Report
+from vllm_quantkit.quantize.recipes.recipe_file import Recipe
 from vllm_quantkit.quantize.run_options import GIB, RunOptions
-from vllm_quantkit.quantize.streams import Stream
-from vllm_quantkit.quantize.verify import decode_layer
-from vllm_quantkit.quantize.workspace import Workspace
 
 
 def quantize(

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_quantkit.errors import ConfigError, UnsupportedScheme
 from vllm_quantkit.formats import get_format
-from vllm_quantkit.quantize.checkpoint import quantization_config
-from vllm_quantkit.quantize.model_map import Stage
-from vllm_quantkit.quantize.presets import GROUP, LayerOptions
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.recipe_file import Recipe
+from vllm_quantkit.quantize.model.model_map import Stage
+from vllm_quantkit.quantize.output.checkpoint import quantization_config
+from vllm_quantkit.quantize.recipes.presets import GROUP, LayerOptions
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
+from vllm_quantkit.quantize.recipes.recipe_file import Recipe
 from vllm_quantkit.spec import PER_CHANNEL, LayerShape, SchemeSpec
 
 if TYPE_CHECKING:
-    from vllm_quantkit.quantize.model_shell import ModelShell
+    from vllm_quantkit.quantize.model.model_shell import ModelShell
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 """In the names of layers of which a block has many alike."""

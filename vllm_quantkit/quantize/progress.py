@@ -9,7 +9,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_quantkit.quantize.records import BlockRecord
+from vllm_quantkit.quantize.output.records import BlockRecord
 
 Tick = Callable[[], None]
 """Says that one step of a phase is done."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
-from vllm_quantkit.quantize.report import Quality
+from vllm_quantkit.quantize.output.report import Quality
 
 TAIL = 0.99
 """Quantile of the divergence that is reported beside the mean."""

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from vllm_quantkit.errors import ConfigError
-from vllm_quantkit.quantize.streams import Place
+from vllm_quantkit.quantize.observation.streams import Place
 from vllm_quantkit.spec import Frozen
 
 GIB = 1 << 30

@@ -16,7 +16,7 @@ from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import ConfigError, UnsupportedScheme
 from vllm_quantkit.formats import CheckpointTensor, Role, get_format
 from vllm_quantkit.options import LayerOptions
-from vllm_quantkit.quantize.data_free import Refinement, quantize_data_free
+from vllm_quantkit.quantize.methods.data_free import Refinement, quantize_data_free
 from vllm_quantkit.spec import LayerRules, LayerShape, SchemeSpec
 
 Assemble = Callable[[Mapping[str, Tensor], LayerShape, SchemeSpec], dict[Role, Tensor]]

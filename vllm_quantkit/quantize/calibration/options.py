@@ -17,10 +17,10 @@ LONGEST_DEFAULT = 2048
 """Tokens in a sample where the user gives no length: what papers on calibration use."""
 
 FEWEST_SAMPLES = 128
-"""With fewer, scales mostly follow the choice of samples: see `stability`."""
+"""With fewer, scales mostly follow the choice of samples: see `observation.stability`."""
 
 ENOUGH_SAMPLES = 256
-"""With so many, most scales hardly depend on the choice of samples: see `stability`."""
+"""With so many, most scales hardly depend on the choice of samples: see `observation.stability`."""
 
 Packing = Literal["packed", "padded"]
 """Documents joined and cut into windows, or one document in each sample."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_quantkit.quantize.smoothquant import Sharing
+from vllm_quantkit.quantize.methods.smoothquant import Sharing
 from vllm_quantkit.spec import LayerShape
 
 SourceKind = Literal["norm", "norm_plus_one", "linear"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vllm_quantkit._safetensors import DOWNLOAD, TensorHeader, read_headers
 from vllm_quantkit.errors import CheckpointError
-from vllm_quantkit.quantize.model_map import expert_names
+from vllm_quantkit.quantize.model.model_map import expert_names
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What weights that are not quantised yet are stored in."""

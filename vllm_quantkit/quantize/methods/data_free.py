@@ -9,9 +9,9 @@ from torch import Tensor
 
 from quantkit_kernels.quant_math import minmax_scales, quantize_codes
 from quantkit_kernels.wna16 import QuantizedWeight
-from vllm_quantkit.quantize.float8 import quantize_float8
-from vllm_quantkit.quantize.hqq import refine_grid
-from vllm_quantkit.quantize.rtn import find_grid, finite_weight, group_width, split_groups
+from vllm_quantkit.quantize.methods.float8 import quantize_float8
+from vllm_quantkit.quantize.methods.hqq import refine_grid
+from vllm_quantkit.quantize.methods.rtn import find_grid, finite_weight, group_width, split_groups
 from vllm_quantkit.spec import WeightSpec
 
 Refinement = Literal["none", "clip", "hqq"]

@@ -16,7 +16,7 @@ from vllm_quantkit._safetensors import TensorHeader, read_headers, read_quantiza
 from vllm_quantkit.checkpoint import audit
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.formats import CheckpointTensor, Role, get_format
-from vllm_quantkit.quantize.records import BlockRecord
+from vllm_quantkit.quantize.output.records import BlockRecord
 from vllm_quantkit.spec import PER_CHANNEL, LayerShape, SchemeSpec
 
 INPUT_ROLES = (Role.INPUT_SCALE, Role.INPUT_ZERO)

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_quantkit._safetensors import CONFIG_FILES, TensorHeader, read_headers
 from vllm_quantkit.errors import CheckpointError
-from vllm_quantkit.quantize.safetensors_merge import (
+from vllm_quantkit.quantize.output.safetensors_merge import (
     Part,
     Shards,
     divide,

@@ -10,11 +10,9 @@ from pathlib import Path
 import torch
 
 from vllm_quantkit._safetensors import TensorHeader, read_headers
-from vllm_quantkit.quantize.model_card import card_section, with_section
-from vllm_quantkit.quantize.plan import Plan
-from vllm_quantkit.quantize.progress import Tick
-from vllm_quantkit.quantize.records import BlockRecord
-from vllm_quantkit.quantize.report import (
+from vllm_quantkit.quantize.output.model_card import card_section, with_section
+from vllm_quantkit.quantize.output.records import BlockRecord
+from vllm_quantkit.quantize.output.report import (
     REPORT_FILE,
     CalibrationSummary,
     Quality,
@@ -25,8 +23,10 @@ from vllm_quantkit.quantize.report import (
     peak_host_bytes,
     render_report,
 )
-from vllm_quantkit.quantize.verify import verify_checkpoint
-from vllm_quantkit.quantize.workspace import Workspace
+from vllm_quantkit.quantize.output.verify import verify_checkpoint
+from vllm_quantkit.quantize.output.workspace import Workspace
+from vllm_quantkit.quantize.plan import Plan
+from vllm_quantkit.quantize.progress import Tick
 
 CARD = "README.md"
 

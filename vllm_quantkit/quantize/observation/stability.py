@@ -13,9 +13,9 @@ from torch import Tensor
 
 from quantkit_kernels.act_quant.rows import LARGEST_CODE
 from vllm_quantkit.errors import QuantkitError
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.smoothquant import SMALLEST
-from vllm_quantkit.quantize.statistics import Ranges
+from vllm_quantkit.quantize.methods.smoothquant import SMALLEST
+from vllm_quantkit.quantize.observation.statistics import Ranges
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 from vllm_quantkit.spec import ActivationSpec
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from vllm_quantkit.quantize.report import (
+from vllm_quantkit.quantize.output.report import (
     REPORT_FILE,
     CalibrationSummary,
     Quality,

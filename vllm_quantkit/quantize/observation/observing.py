@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from quantkit_kernels.act_quant.reference import reference_quantize
 from quantkit_kernels.act_quant.rows import RowQuantizer
-from vllm_quantkit.quantize.statistics import InputMoments, InputStats
+from vllm_quantkit.quantize.observation.statistics import InputMoments, InputStats
 from vllm_quantkit.spec import ActivationSpec
 
 

@@ -20,8 +20,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from vllm_quantkit.errors import CheckpointError, UnsupportedScheme
-from vllm_quantkit.quantize.experts import LinearExperts, can_be_taken_apart
-from vllm_quantkit.quantize.model_map import BlockParts, Heads, attention_implementation
+from vllm_quantkit.quantize.model.experts import LinearExperts, can_be_taken_apart
+from vllm_quantkit.quantize.model.model_map import BlockParts, Heads, attention_implementation
 from vllm_quantkit.spec import LayerShape
 
 EXPERTS = "experts"

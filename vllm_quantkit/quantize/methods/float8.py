@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantkit_kernels.code_types import FLOAT8_DTYPES
 from quantkit_kernels.wna16 import QuantizedWeight
-from vllm_quantkit.quantize.rtn import finite_weight, group_width, round_scales
+from vllm_quantkit.quantize.methods.rtn import finite_weight, group_width, round_scales
 from vllm_quantkit.spec import ALL_ROWS, WeightSpec
 
 ROWS = 64

@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError
 
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.quantize.calibration import CalibrationOptions, TokenSets
-from vllm_quantkit.quantize.records import BlockRecord, LayerRecord
-from vllm_quantkit.quantize.stability import UNSTABLE, is_unstable
+from vllm_quantkit.quantize.observation.stability import UNSTABLE, is_unstable
+from vllm_quantkit.quantize.output.records import BlockRecord, LayerRecord
 from vllm_quantkit.spec import Frozen
 
 REPORT_FILE = "quantkit_report.json"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from vllm_quantkit.errors import ConfigError
-from vllm_quantkit.quantize.recipe import LayerRecipe, Order
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe, Order
 from vllm_quantkit.spec import ALL_ROWS, PER_CHANNEL, ActivationSpec, Frozen, WeightSpec
 
 GROUP = 128

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from vllm_quantkit.quantize.activations import HiddenStates
 from vllm_quantkit.quantize.calibration import TokenSet
+from vllm_quantkit.quantize.model.hidden_states import HiddenStates
 from vllm_quantkit.quantize.progress import Tick
 
 if TYPE_CHECKING:
-    from vllm_quantkit.quantize.model_shell import BlockCall, ModelShell
+    from vllm_quantkit.quantize.model.model_shell import BlockCall, ModelShell
 
 Place = Literal["cpu", "disk"]
 """Where hidden states wait between two blocks."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.act_quant.reference import reference_quantize
-from vllm_quantkit.quantize.observing import row_quantizer
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.rounding import nearest, search_rows
-from vllm_quantkit.quantize.smoothquant import Sharing, smoothing_factors
-from vllm_quantkit.quantize.stability import static_input_scale
-from vllm_quantkit.quantize.statistics import InputStats, Ranges
+from vllm_quantkit.quantize.methods.rounding import nearest, search_rows
+from vllm_quantkit.quantize.methods.smoothquant import Sharing, smoothing_factors
+from vllm_quantkit.quantize.observation.observing import row_quantizer
+from vllm_quantkit.quantize.observation.stability import static_input_scale
+from vllm_quantkit.quantize.observation.statistics import InputStats, Ranges
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 from vllm_quantkit.spec import ActivationSpec
 
 ALPHAS = tuple(step / 20 for step in range(21))

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from vllm_quantkit._safetensors import TensorHeader, read_file_headers
 from vllm_quantkit.errors import CheckpointError
-from vllm_quantkit.quantize.disk import disk_full, lock_folder, translate_disk_full
-from vllm_quantkit.quantize.model_folder import ModelFolder
-from vllm_quantkit.quantize.records import BlockRecord
-from vllm_quantkit.quantize.safetensors_merge import (
+from vllm_quantkit.quantize.output.disk import disk_full, lock_folder, translate_disk_full
+from vllm_quantkit.quantize.output.model_folder import ModelFolder
+from vllm_quantkit.quantize.output.records import BlockRecord
+from vllm_quantkit.quantize.output.safetensors_merge import (
     flush_folder,
     size_of,
     write_file,

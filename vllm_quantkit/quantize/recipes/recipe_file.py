@@ -10,8 +10,8 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from vllm_quantkit.errors import ConfigError
-from vllm_quantkit.quantize.presets import KEEP, PRESETS, LayerOptions
-from vllm_quantkit.quantize.recipe import LayerRecipe
+from vllm_quantkit.quantize.recipes.presets import KEEP, PRESETS, LayerOptions
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 
 OutputFormat = Literal["compressed-tensors", "awq", "gptq", "quantkit"]
 """Dialects that can be written."""

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import QuantkitError
-from vllm_quantkit.quantize.recipe import Order
-from vllm_quantkit.quantize.rtn import (
+from vllm_quantkit.quantize.methods.rtn import (
     find_grid,
     finite_weight,
     group_width,
@@ -27,6 +26,7 @@ from vllm_quantkit.quantize.rtn import (
     reordered,
     split_groups,
 )
+from vllm_quantkit.quantize.recipes.recipe import Order
 from vllm_quantkit.spec import WeightSpec
 
 LEAF_CHANNELS = 32

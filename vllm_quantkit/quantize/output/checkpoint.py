@@ -13,8 +13,8 @@ from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import UnsupportedScheme
 from vllm_quantkit.formats import CheckpointTensor, Role, get_format
 from vllm_quantkit.formats._layout import representable
-from vllm_quantkit.quantize.records import BlockRecord
-from vllm_quantkit.quantize.workspace import Workspace
+from vllm_quantkit.quantize.output.records import BlockRecord
+from vllm_quantkit.quantize.output.workspace import Workspace
 from vllm_quantkit.spec import LayerShape, SchemeSpec
 
 Exchange = Mapping[str, Mapping[str, Tensor]]

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vllm_quantkit.quantize.awq import awq_scales, relative_magnitude, search_awq_scales
-from vllm_quantkit.quantize.model_map import SourceKind
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.rtn import is_finite
-from vllm_quantkit.quantize.smoothing_search import (
+from vllm_quantkit.quantize.methods.awq import awq_scales, relative_magnitude, search_awq_scales
+from vllm_quantkit.quantize.methods.rtn import is_finite
+from vllm_quantkit.quantize.methods.smoothing_search import (
     scaled_ranges,
     search_smoothing_scales,
     smoothing_scales,
 )
-from vllm_quantkit.quantize.smoothquant import Sharing
-from vllm_quantkit.quantize.stability import USUAL_ALPHA
-from vllm_quantkit.quantize.statistics import InputStats
+from vllm_quantkit.quantize.methods.smoothquant import Sharing
+from vllm_quantkit.quantize.model.model_map import SourceKind
+from vllm_quantkit.quantize.observation.stability import USUAL_ALPHA
+from vllm_quantkit.quantize.observation.statistics import InputStats
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 
 
 @dataclass(frozen=True)

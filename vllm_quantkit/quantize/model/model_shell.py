@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from vllm_quantkit.errors import UnsupportedScheme
-from vllm_quantkit.quantize.block_calls import BlockCall, BlockCaller
-from vllm_quantkit.quantize.model_map import (
+from vllm_quantkit.quantize.model.block_calls import BlockCall, BlockCaller
+from vllm_quantkit.quantize.model.model_map import (
     FAMILIES,
     BlockParts,
     Family,
@@ -26,14 +26,14 @@ from vllm_quantkit.quantize.model_map import (
     stages_of,
     what_unknown_loses,
 )
-from vllm_quantkit.quantize.skeleton import (
+from vllm_quantkit.quantize.model.skeleton import (
     Skeleton,
     block_parts,
     build_skeleton,
     fused_experts,
     take_experts_apart,
 )
-from vllm_quantkit.quantize.stored_tensors import FLOATS, StoredTensors, assign, loaded
+from vllm_quantkit.quantize.model.stored_tensors import FLOATS, StoredTensors, assign, loaded
 from vllm_quantkit.spec import LayerShape
 
 __all__ = ["BlockCall", "ModelShell"]

@@ -12,17 +12,17 @@ from quantkit_kernels.code_types import FLOAT8_DTYPES
 from quantkit_kernels.quant_math import dequantize_codes, quantize_codes
 from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import QuantkitError, UnsupportedScheme
-from vllm_quantkit.quantize.float8 import quantize_float8
-from vllm_quantkit.quantize.gptq import gptq, hessian_fault
-from vllm_quantkit.quantize.recipe import LayerRecipe
-from vllm_quantkit.quantize.rtn import (
+from vllm_quantkit.quantize.methods.float8 import quantize_float8
+from vllm_quantkit.quantize.methods.gptq import gptq, hessian_fault
+from vllm_quantkit.quantize.methods.rtn import (
     find_grid,
     finite_weight,
     group_width,
     rtn,
     split_groups,
 )
-from vllm_quantkit.quantize.statistics import InputStats
+from vllm_quantkit.quantize.observation.statistics import InputStats
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 from vllm_quantkit.spec import WeightSpec
 
 CHECKED_ROWS = 128

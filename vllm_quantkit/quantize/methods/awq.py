@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_quantkit.quantize.rounding import nearest, output_error, search_rows
-from vllm_quantkit.quantize.rtn import BLOCK_VALUES, group_width, split_groups
-from vllm_quantkit.quantize.smoothquant import Sharing
+from vllm_quantkit.quantize.methods.rounding import nearest, output_error, search_rows
+from vllm_quantkit.quantize.methods.rtn import BLOCK_VALUES, group_width, split_groups
+from vllm_quantkit.quantize.methods.smoothquant import Sharing
 from vllm_quantkit.spec import WeightSpec
 
 ALPHAS = tuple(step / 20 for step in range(21))

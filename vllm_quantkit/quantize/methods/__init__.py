@@ -1,0 +1,1 @@
+"""Rounding and scaling as pure tensor functions."""

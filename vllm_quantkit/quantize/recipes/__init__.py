@@ -1,0 +1,1 @@
+"""What to do with each layer, as a user says it and as it is done."""
