@@ -7,7 +7,9 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
+from quantkit_kernels.packing import pack_stream
 from vllm_quantkit.formats import Role
+from vllm_quantkit.formats import _compressed_tensors_packed as packed
 from vllm_quantkit.formats import compressed_tensors as fmt
 from vllm_quantkit.spec import LayerShape, SchemeSpec, WeightSpec
 
@@ -189,3 +191,27 @@ def test_render_is_what_parse_reads(written):
     for name in ("a.b", "x.gate", "lm_head"):
         assert rules.scheme_for(name) is None
     assert rules.scheme_for("a.b.c") == written
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("length", [1, 20, 32, 96, 100, 129])
+def test_codes_without_gaps_are_read(bits: int, length: int):
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (8, length), generator=generator).to(torch.uint8)
+    codes[0] = 2**bits - 1
+    assert torch.equal(packed.decode_codes(pack_stream(codes, bits), bits, length), codes)
+    assert torch.equal(packed.decode_codes(packed.encode_codes(codes, bits), bits, length), codes)
+    zeros = codes.t().contiguous()
+    words = pack_stream(zeros.t(), bits).t()
+    assert torch.equal(packed.decode_zeros(words, bits, length), zeros)
+
+
+@pytest.mark.parametrize("bits", [3, 5])
+def test_a_layer_admits_both_packings(bits: int):
+    weight = WeightSpec(bits=bits, group_size=32, symmetric=False)
+    spec = SchemeSpec(dialect="compressed-tensors", weight=weight)
+    tensors = fmt.tensors(spec, LayerShape(out_features=64, in_features=96))
+    codes = next(tensor for tensor in tensors if tensor.name == "weight_packed")
+    zeros = next(tensor for tensor in tensors if tensor.name == "weight_zero_point")
+    assert codes.admits((64, 96 * bits // 32))
+    assert zeros.admits((64 * bits // 32, 3))

@@ -11,7 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantkit_kernels.packing import WORD_BITS, aligned_words, pack_aligned, unpack_aligned
+from quantkit_kernels.packing import (
+    WORD_BITS,
+    aligned_words,
+    pack_aligned,
+    stream_words,
+    unpack_aligned,
+    unpack_stream,
+)
 from vllm_quantkit.formats._compressed_tensors_weights import served_bits
 from vllm_quantkit.formats._layout import SCALE_DTYPES, check_below, decode_index, unpack_rows
 from vllm_quantkit.formats.base import CheckpointTensor, Role
@@ -36,6 +43,7 @@ def tensors(weight: WeightSpec, shape: LayerShape) -> tuple[CheckpointTensor, ..
             (torch.int32,),
             partial(decode_codes, bits=bits, length=K),
             partial(encode_codes, bits=bits),
+            other_shapes=((N, stream_words(K, bits)),),
         ),
         CheckpointTensor(
             "weight_scale", Role.SCALES, (N, G), SCALE_DTYPES, decode_scales, encode_scales
@@ -53,6 +61,7 @@ def tensors(weight: WeightSpec, shape: LayerShape) -> tuple[CheckpointTensor, ..
                 (torch.int32,),
                 partial(decode_zeros, bits=bits, length=N),
                 partial(encode_zeros, bits=bits),
+                other_shapes=((stream_words(N, bits), G),),
             )
         )
     return (*found, *order_tensors(weight, K))
@@ -86,7 +95,8 @@ def infer_shape(
 
 def decode_codes(words: Tensor, bits: int, length: int) -> Tensor:
     """int32 [N, W] to uint8 [N, length]."""
-    return unpack_rows(unpack_aligned, words, bits, length)
+    unpack = unpack_stream if _is_dense(words, bits, length) else unpack_aligned
+    return unpack_rows(unpack, words, bits, length)
 
 
 def encode_codes(codes: Tensor, bits: int) -> Tensor:
@@ -97,13 +107,27 @@ def encode_codes(codes: Tensor, bits: int) -> Tensor:
 
 def decode_zeros(words: Tensor, bits: int, length: int) -> Tensor:
     """int32 [W, G] to uint8 [length, G]."""
-    return unpack_aligned(words.t(), bits, length).t().contiguous()
+    unpack = unpack_stream if _is_dense(words.t(), bits, length) else unpack_aligned
+    return unpack(words.t(), bits, length).t().contiguous()
 
 
 def encode_zeros(zeros: Tensor, bits: int) -> Tensor:
     """Inverse of `decode_zeros`."""
     check_below(zeros, 2**bits, "compressed-tensors zero-points")
     return pack_aligned(zeros.t(), bits).t().contiguous()
+
+
+def _is_dense(words: Tensor, bits: int, length: int) -> bool:
+    """True where codes follow each other without gaps, as the library packs since 0.19.
+
+    The number of words tells the layouts apart, and where it is the same, the bits that the older
+    layout leaves at 0.
+    """
+    dense, aligned = stream_words(length, bits), aligned_words(length, bits)
+    if WORD_BITS % bits == 0 or dense != aligned:
+        return words.shape[-1] == dense != aligned
+    used = WORD_BITS // bits * bits
+    return bool((((words.to(torch.int64) & 0xFFFFFFFF) >> used) != 0).any())
 
 
 def decode_scales(stored: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ for 2**(bits - 1), h for the height of a block of rows:
     input_scale             static activations                       float [1]
     input_zero_point        static activations, asymmetric           int8  [1]
 
+Since 0.19 the library packs words without gaps where 32 / bits is no whole number, as GPTQ does;
+both are read, and the older is written, which vLLM's versions of the library read too.
+
 Zero-points exist where `symmetric` is false, `weight_g_idx` where `actorder` is `group`.
 
 Names: an entry of `ignore` or `targets` is a whole name, `re:` and a regular expression matched
