@@ -147,11 +147,12 @@ def _common_record(
 ) -> LayerRecord:
     """What the record says of all the layers."""
     planned = recipe.transform != "none"
+    scaled = scales is not None and scales.alpha is not None
     note = scales.note if scales is not None else NOT_SCALED if planned and stats else ""
     return LayerRecord(
         name="",
         scheme=scheme.describe(),
-        method=recipe.rounding if scales is None else f"{recipe.transform} + {recipe.rounding}",
+        method=f"{recipe.transform} + {recipe.rounding}" if scaled else recipe.rounding,
         weight_error=0.0,
         tokens=0 if stats is None else stats.ranges.tokens,
         disagreement=_disagreement(recipe, stats, scales),

@@ -59,9 +59,7 @@ def channel_scales(
         found = _awq(weights, stats, recipe, sharing)
     else:
         found = _smoothquant(weights, stats, recipe, sharing)
-    if found.alpha is None:
-        return ChannelScales(ones, None, "Channels were not scaled: no exponent lowered the error.")
-    return found
+    return ChannelScales(ones, None) if found.alpha is None else found
 
 
 def scaled_stats(stats: InputStats, scales: Tensor) -> InputStats:
