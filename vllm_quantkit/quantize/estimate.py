@@ -53,7 +53,7 @@ class Estimate:
         for words, count in counts.items():
             yield f"{count} layers: {words}"
         yield f"weights: {self.bytes_before:,} -> {self.bytes_after:,} bytes"
-        parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in self.memory.items())
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in self.memory.items())
         yield f"memory beside the libraries: {parts}"
         yield f"time: about {_duration(self.seconds)}"
         yield from (f"warning: {warning}" for warning in self.plan.warnings)
@@ -155,6 +155,10 @@ def _method(layer: LayerPlan) -> str:
         return ""
     parts = [part for part in (recipe.transform, recipe.rounding) if part != "none"]
     return " + ".join(parts)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / (1 << 20):.1f} MiB"
 
 
 def _duration(seconds: float) -> str:
