@@ -19,10 +19,10 @@ from vllm_quantkit.errors import ConfigError, about
 from vllm_quantkit.quantize.block_quantizer import BlockQuantizer, Calibration
 from vllm_quantkit.quantize.calibration import TokenSet, TokenSets
 from vllm_quantkit.quantize.fingerprint import fingerprint
+from vllm_quantkit.quantize.finishing import Finisher
 from vllm_quantkit.quantize.layer_rounding import install_layer
 from vllm_quantkit.quantize.model.model_shell import ModelShell
 from vllm_quantkit.quantize.observation.streams import Stream
-from vllm_quantkit.quantize.output.finishing import Finisher
 from vllm_quantkit.quantize.output.records import BlockRecord
 from vllm_quantkit.quantize.output.report import CalibrationSummary, Quality, Report
 from vllm_quantkit.quantize.output.verify import decode_layer
