@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class BlockQuantizer:
     def _observe_at_once(self) -> dict[str, InputStats | None]:
         """Statistics of all stages from one pass, where there is room for all."""
         calibration = self.calibration
-        watches = self._transform_watches() | self._group_watches(self._groups())
+        watches = _joined(self._transform_watches(), self._group_watches(self._groups()))
         if calibration is None or calibration.true_sequential:
             return {}
         if sum(watch.nbytes for watch in watches.values()) > calibration.room:
@@ -266,5 +266,13 @@ def _needs_hessian(recipe: LayerRecipe | None) -> bool:
 
 
 def _key(stage: Stage) -> str:
-    """Of a stage's statistics; never the name of a layer."""
-    return f"stage {stage.observed or stage.layers[0]}"
+    """Of a stage's statistics: they are the first group's, unless groups see parts of the input."""
+    return f"stage {stage.observed}" if stage.observed else stage.layers[0]
+
+
+def _joined(first: dict[str, Watch], second: dict[str, Watch]) -> dict[str, Watch]:
+    """Both; what is watched twice, is watched once for both."""
+    joined = first | second
+    for key in first.keys() & second.keys():
+        joined[key] = replace(second[key], hessian=first[key].hessian or second[key].hessian)
+    return joined

@@ -15,7 +15,11 @@ from vllm_quantkit.quantize.run_options import RunOptions
 
 
 def fingerprint(
-    source: Path, recipe: Recipe, sets: TokenSets | None, run: RunOptions
+    source: Path,
+    recipe: Recipe,
+    sets: TokenSets | None,
+    run: RunOptions,
+    precision: torch.dtype,
 ) -> dict[str, Any]:
     """All that decides the result, as JSON.
 
@@ -26,7 +30,7 @@ def fingerprint(
         "recipe": recipe.model_dump(mode="json"),
         "calibration": None if sets is None else sets.calibration.fingerprint,
         "held_out": None if sets is None else sets.held_out.fingerprint,
-        "precision": str(run.torch_precision()),
+        "precision": str(precision),
         "batch_tokens": run.batch_tokens,
         "statistics_gib": run.statistics_gib,
         "threads": torch.get_num_threads(),

@@ -76,7 +76,8 @@ def quantize(
             f"scheme {recipe.scheme!r} needs calibration text, but none was given: pass "
             "--calibration FILE, or choose rtn, mse, int8 or fp8."
         )
-    with Workspace.create(out, fingerprint(source, recipe, sets, run), resume=run.resume) as space:
+    decides = fingerprint(source, recipe, sets, run, run.torch_precision(shell.stored_dtype))
+    with Workspace.create(out, decides, resume=run.resume) as space:
         finisher = Finisher(source, model_name or source.name, model_name, summary, device)
         return _Run(shell, plan, space, sets, run, watcher or Silent()).finish(finisher)
 
@@ -126,7 +127,8 @@ class _Run:
         """Starts the streams: what calibrates, and held-out text for both models."""
         if self._sets is None:
             return
-        self._add_stream("calibration", self._sets.calibration, self._run.torch_precision())
+        precision = self._run.torch_precision(self._shell.stored_dtype)
+        self._add_stream("calibration", self._sets.calibration, precision)
         for name in ("original", "quantized"):
             self._add_stream(name, self._sets.held_out, torch.float32)
         steps = sum(stream.steps for stream in self._streams.values())

@@ -7,11 +7,15 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from quantkit_kernels.cpu.host import host_features
 from vllm_quantkit.errors import ConfigError
 from vllm_quantkit.quantize.observation.streams import Place
 from vllm_quantkit.spec import Frozen
 
 GIB = 1 << 30
+
+FAST_BFLOAT16 = {"avx512bf16", "amx-bf16"}
+"""CPU features that multiply bfloat16 faster than float32."""
 
 
 class RunOptions(Frozen):
@@ -19,8 +23,9 @@ class RunOptions(Frozen):
 
     Attributes:
         device: where blocks compute; `auto` is a CUDA device where there is one.
-        precision: of the products of the calibration text, `auto` is bfloat16 on CUDA; quality is
-            always measured in float32.
+        precision: of the products of the calibration text; `auto` is bfloat16 where the model is
+            stored in 16 bits and the device multiplies them faster. Quality is always measured in
+            float32.
         hidden_states: where they wait between two blocks.
         batch_tokens: tokens that run together, at least one sample.
         statistics_gib: memory for the sums of one pass over the calibration set; where a block
@@ -39,10 +44,12 @@ class RunOptions(Frozen):
     rehearse: tuple[int, ...] = ()
     trust_remote_code: bool = False
 
-    def torch_precision(self) -> torch.dtype:
-        """The precision."""
-        fast = self.precision == "auto" and self.torch_device().type == "cuda"
-        return torch.bfloat16 if fast or self.precision == "bfloat16" else torch.float32
+    def torch_precision(self, stored: torch.dtype) -> torch.dtype:
+        """The precision for a model that is stored in this dtype."""
+        if self.precision == "auto":
+            fast = self.torch_device().type == "cuda" or bool(FAST_BFLOAT16 & host_features())
+            return torch.bfloat16 if fast and stored.itemsize == 2 else torch.float32
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     def torch_device(self) -> torch.device:
         """The device.
