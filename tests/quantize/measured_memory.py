@@ -1,6 +1,6 @@
-"""Quantises a model and prints by how many bytes the process's peak grew.
+"""Quantises two models and prints how many bytes more the deeper one took at its peak.
 
-python -m tests.quantize.measured_memory SMALL MODEL FOLDER
+python -m tests.quantize.measured_memory SHALLOW DEEP FOLDER
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from tests.quantize.quantized_runs import random_sets, run
 from vllm_quantkit.quantize.output.report import peak_host_bytes
 
-KEYS = {"scheme": "awq+gptq"}
+KEYS = {"scheme": "gptq"}
 
 
 def main() -> None:
-    """The small model comes first: what libraries take once does not count."""
-    small, model, folder = map(Path, sys.argv[1:])
+    """The shallow model comes first: what it takes, a deep one may take too."""
+    shallow, deep, folder = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
-    run(small, folder / "small", KEYS, random_sets())
+    run(shallow, folder / "shallow", KEYS, random_sets(), hidden_states="disk")
     before = peak_host_bytes()
-    run(model, folder / "model", KEYS, random_sets(), hidden_states="disk")
+    run(deep, folder / "deep", KEYS, random_sets(), hidden_states="disk")
     print(peak_host_bytes() - before)
 
 
