@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from vllm_quantkit.errors import QuantkitError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 INTERRUPTED = 130
 """Exit status of a command that Ctrl-C ended, as shells have it."""
@@ -168,7 +169,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except QuantkitError as error:
-        errors.print(f"[bold red]error:[/] {error}", markup=True)
+        errors.print(Text.assemble(("error:", "bold red"), " ", str(error)))
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         errors.print("interrupted: the same command with --resume goes on where this one stopped.")

@@ -97,7 +97,7 @@ def test_a_dry_run_writes_nothing(model: str, tmp_path: Path) -> None:
 def test_first_and_last_block_can_come_first(model: str, tmp_path: Path) -> None:
     words = ["--scheme", "rtn", "--layers", "0,last", "--out", str(tmp_path / "out"), *TEXT]
     assert command("quantize", model, *words).exit_code == 0
-    words[3] = "0,7"
+    words = ["--scheme", "rtn", "--layers", "0,7", "--out", str(tmp_path / "other"), *TEXT]
     result = command("quantize", model, *words)
     assert result.exit_code == 1
     assert "'7' is no block of this model; give numbers from 0 to 1, or 'last'" in result.output
@@ -115,6 +115,11 @@ def test_first_and_last_block_can_come_first(model: str, tmp_path: Path) -> None
         (["--scheme", "rtn", "--out", "x", "--device", "tpu"], "device 'tpu' cannot be used"),
         (["--scheme", "rtn", "--out", "x", "--hidden-states", "tape"], "hidden_states = 'tape'"),
         (["--recipe", "none.yaml", "--out", "x"], "the recipe none.yaml cannot be read"),
+        (
+            ["--scheme", "rtn", "--out", "x", "--ignore", "re:[a"],
+            "'re:[a' is no regular expression",
+        ),
+        (["--scheme", "rtn", "--out", "."], "already exists"),
     ],
 )
 def test_bad_input_is_one_sentence(

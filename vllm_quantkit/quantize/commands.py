@@ -62,6 +62,7 @@ def run_quantize(
         return
     if out is None:
         raise ConfigError("no place to write to was given: pass --out FOLDER.")
+    refuse_existing(out)
     job = job.rehearsing(given.get("layers"))
     sets = job.token_sets()
     for warning in () if sets is None else sets.warnings:
