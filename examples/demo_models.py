@@ -59,17 +59,10 @@ def weight_bytes(folder: str) -> int:
 
 
 def _download(model: str, progress: Callable[[str], None]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from vllm_quantkit.quantize.hub import model_folder
 
     progress(f"Fetching {model} ...")
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{model!r} is neither a folder nor a model that the hub gave us ({error}). Check the "
-            f"name and the network, or use MODEL=/path/to/folder."
-        ) from error
+    return model_folder(model)
 
 
 def _quantize(source: Path, out: Path) -> None:

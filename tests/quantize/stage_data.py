@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from vllm_quantkit.quantize.methods.rounding import Rounded, round_weights
 from vllm_quantkit.quantize.observation.statistics import InputMoments, InputStats
+from vllm_quantkit.quantize.recipes.recipe import LayerRecipe
 
 
 def generator(seed: int) -> torch.Generator:
@@ -34,3 +36,10 @@ def relative_error(inputs: Tensor, weight: Tensor, rounded: Tensor) -> float:
     """|X (W - Q)^T| / |X W^T|, from the inputs themselves, in float64."""
     inputs, weight, rounded = inputs.double(), weight.double(), rounded.double()
     return float((inputs @ (weight - rounded).T).norm() / (inputs @ weight.T).norm())
+
+
+def round_weight(
+    weight: Tensor, stats: InputStats | None, recipe: LayerRecipe, *, scale_dtype: torch.dtype
+) -> Rounded:
+    """The codes of one weight, see `round_weights`."""
+    return round_weights([weight], stats, recipe, scale_dtype=scale_dtype)[0]

@@ -11,10 +11,16 @@ from torch import Tensor
 
 from quantkit_kernels.code_types import FLOAT8_DTYPES
 from quantkit_kernels.wna16 import QuantizedWeight
-from tests.quantize.stage_data import correlated_inputs, random_weight, relative_error, stats_of
+from tests.quantize.stage_data import (
+    correlated_inputs,
+    random_weight,
+    relative_error,
+    round_weight,
+    stats_of,
+)
 from vllm_quantkit.errors import QuantkitError, UnsupportedScheme
 from vllm_quantkit.quantize.methods.gptq import Feedback
-from vllm_quantkit.quantize.methods.rounding import Rounded, nearest, round_weight, round_weights
+from vllm_quantkit.quantize.methods.rounding import Rounded, nearest, round_weights
 from vllm_quantkit.quantize.methods.rtn import rtn
 from vllm_quantkit.quantize.observation.statistics import InputStats
 from vllm_quantkit.quantize.recipes.recipe import LayerRecipe

@@ -13,9 +13,9 @@ from tests.quantize.stage_data import (
     generator,
     random_weight,
     relative_error,
+    round_weight,
     stats_of,
 )
-from vllm_quantkit.quantize.methods.rounding import round_weight
 from vllm_quantkit.quantize.methods.smoothquant import Sharing
 from vllm_quantkit.quantize.methods.transforms import channel_scales, fold, scaled_stats
 from vllm_quantkit.quantize.recipes.recipe import LayerRecipe

@@ -12,10 +12,10 @@ from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.checkpoint import QuantisedLayer, TensorHeader
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.formats import Role
-from vllm_quantkit.quantize.methods.rtn import group_width
+from vllm_quantkit.quantize.output.checkpoint import decoded_weight
 from vllm_quantkit.schemes import LinearScheme
 from vllm_quantkit.schemes.linear import linear_scheme
-from vllm_quantkit.spec import LayerShape, WeightSpec
+from vllm_quantkit.spec import LayerShape
 
 Headers = Mapping[str, TensorHeader]
 
@@ -57,7 +57,8 @@ def read_weight(
     if Role.WEIGHT in parts:
         dense = parts[Role.WEIGHT]
         return scheme.quantize(dense.T.contiguous() if transposed else dense)
-    return _with_defaults(name, parts, layer.spec.weight)
+    _refuse_infinite_scales(name, parts[Role.SCALES])
+    return decoded_weight(parts, layer.spec.weight)
 
 
 def _canonical(
@@ -72,18 +73,9 @@ def _canonical(
     }
 
 
-def _with_defaults(name: str, parts: Mapping[Role, Tensor], spec: WeightSpec) -> QuantizedWeight:
-    """Zero-points in the middle and groups in order, unless the checkpoint stores others."""
-    codes, scales = parts[Role.CODES], parts[Role.SCALES].float()
+def _refuse_infinite_scales(name: str, scales: Tensor) -> None:
     if not bool(torch.isfinite(scales).all()):
         raise CheckpointError(
             f"{name} has a scale that is not finite. The checkpoint is damaged: download it again, "
             f"or save the model again."
         )
-    in_features = codes.shape[1]
-    in_order = torch.arange(in_features) // group_width(spec, in_features)
-    zeros = parts.get(Role.ZEROS, torch.full_like(scales, spec.default_zero))
-    index = parts.get(Role.GROUP_INDEX, in_order)
-    return QuantizedWeight(
-        codes, scales, zeros.to(torch.uint8), index.to(torch.int32), spec.bits, spec.code_type
-    )

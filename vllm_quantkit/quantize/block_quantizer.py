@@ -182,9 +182,12 @@ class BlockQuantizer:
                 scales.append(self._scales(stage, recipe, stats[_key(stage)]))
                 tick()
         for (stage, _), found in zip(stages, scales, strict=True):
-            self._fold(stage, found)
+            if found is not None and found.alpha is not None:
+                self._fold(stage, found.scales)
 
-    def _scales(self, stage: Stage, recipe: LayerRecipe, stats: InputStats | None) -> Tensor | None:
+    def _scales(
+        self, stage: Stage, recipe: LayerRecipe, stats: InputStats | None
+    ) -> ChannelScales | None:
         """The scales of a stage's input channels; None where nothing was seen of them."""
         if stats is None:
             return None
@@ -194,11 +197,11 @@ class BlockQuantizer:
         with about(self._stored(stage.layers[0])):
             found = channel_scales(weights, stats, recipe, stage.sharing)
         self._scales_of |= dict.fromkeys(stage.layers, found)
-        return found.scales
+        return found
 
-    def _fold(self, stage: Stage, scales: Tensor | None) -> None:
+    def _fold(self, stage: Stage, scales: Tensor) -> None:
         source = stage.source
-        if scales is None or source is None:
+        if source is None:
             return
         readers = [self._weight(name) for name in (*stage.layers, *stage.also)]
         module = self.block.get_submodule(source.module)
@@ -224,8 +227,9 @@ class BlockQuantizer:
         """Rounds a group's layers; `scaled` says that the statistics are of scaled inputs."""
         layers = self.plan.quantized(group)
         scales = self._scales_of.get(group[0])
-        if stats is not None and scales is not None and not scaled:
-            stats = scaled_stats(stats, scales.scales)
+        folded = None if scales is None or scales.alpha is None else scales.scales
+        if stats is not None and folded is not None and not scaled:
+            stats = scaled_stats(stats, folded)
         weights = [self._weight(layer.name) for layer in layers]
         for result in round_layers(layers, weights, stats, scales, self.shell.stored_dtype):
             self.tensors.update(result.tensors)

@@ -45,13 +45,6 @@ class Rounded:
     note: str = ""
 
 
-def round_weight(
-    weight: Tensor, stats: InputStats | None, recipe: LayerRecipe, *, scale_dtype: torch.dtype
-) -> Rounded:
-    """The codes of one weight, see `round_weights`."""
-    return round_weights([weight], stats, recipe, scale_dtype=scale_dtype)[0]
-
-
 def round_weights(
     weights: Sequence[Tensor],
     stats: InputStats | None,

@@ -13,9 +13,10 @@ from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import UnsupportedScheme
 from vllm_quantkit.formats import CheckpointTensor, Role, get_format
 from vllm_quantkit.formats._layout import representable
+from vllm_quantkit.quantize.methods.rtn import group_width
 from vllm_quantkit.quantize.output.records import BlockRecord
 from vllm_quantkit.quantize.output.workspace import Workspace
-from vllm_quantkit.spec import LayerShape, SchemeSpec
+from vllm_quantkit.spec import LayerShape, SchemeSpec, WeightSpec
 
 Exchange = Mapping[str, Mapping[str, Tensor]]
 """Name of a source tensor to the tensors, by full name, that take its place."""
@@ -56,6 +57,24 @@ def encode_layer(
         for tensor in stored
         if tensor.role in canonical or not tensor.optional
     }
+
+
+def decoded_weight(parts: Mapping[Role, Tensor], spec: WeightSpec) -> QuantizedWeight:
+    """The weight that canonical tensors make: zero-points in the middle and groups in order, unless
+    they are given.
+
+    Args:
+        parts: CODES and SCALES, and where they are stored ZEROS and GROUP_INDEX.
+        spec: the numerics.
+    """
+    codes, scales = parts[Role.CODES], parts[Role.SCALES].float()
+    in_features = codes.shape[1]
+    in_order = torch.arange(in_features) // group_width(spec, in_features)
+    zeros = parts.get(Role.ZEROS, torch.full_like(scales, spec.default_zero))
+    index = parts.get(Role.GROUP_INDEX, in_order)
+    return QuantizedWeight(
+        codes, scales, zeros.to(torch.uint8), index.to(torch.int32), spec.bits, spec.code_type
+    )
 
 
 def scale_dtype_for(scheme: SchemeSpec, stored_dtype: torch.dtype) -> torch.dtype:

@@ -16,8 +16,9 @@ from vllm_quantkit._safetensors import TensorHeader, read_headers, read_quantiza
 from vllm_quantkit.checkpoint import audit
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.formats import CheckpointTensor, Role, get_format
+from vllm_quantkit.quantize.output.checkpoint import decoded_weight
 from vllm_quantkit.quantize.output.records import BlockRecord
-from vllm_quantkit.spec import PER_CHANNEL, LayerShape, SchemeSpec
+from vllm_quantkit.spec import SchemeSpec
 
 INPUT_ROLES = (Role.INPUT_SCALE, Role.INPUT_ZERO)
 
@@ -90,7 +91,7 @@ def decode_layer(
         if tensor.name in stored or not tensor.optional
     }
     inputs = {role: values[role] for role in INPUT_ROLES if role in values}
-    return _assemble(values, scheme, shape), inputs
+    return decoded_weight(values, scheme.weight), inputs
 
 
 def verify_checkpoint(
@@ -156,23 +157,6 @@ def _decode(tensor: CheckpointTensor, stored: Mapping[str, Tensor], layer: str) 
         return tensor.decode(stored[tensor.name])
     except ValueError as error:
         raise CheckpointError(f"{label} cannot be decoded: {error}.") from error
-
-
-def _assemble(
-    values: Mapping[Role, Tensor], scheme: SchemeSpec, shape: LayerShape
-) -> QuantizedWeight:
-    """The canonical tensors, with the defaults of those that are not stored."""
-    weight, scales, K = scheme.weight, values[Role.SCALES], shape.in_features
-    zeros = torch.full_like(scales, weight.default_zero, dtype=torch.uint8)
-    size = K if weight.group_size == PER_CHANNEL else weight.group_size
-    return QuantizedWeight(
-        codes=values[Role.CODES],
-        scales=scales,
-        zeros=values.get(Role.ZEROS, zeros),
-        group_index=values.get(Role.GROUP_INDEX, (torch.arange(K) // size).to(torch.int32)),
-        bits=weight.bits,
-        code_type=weight.code_type,
-    )
 
 
 def _differs(folder: Path, layer: str, why: str) -> CheckpointError:
