@@ -50,6 +50,7 @@ Packing = Annotated[
     str | None,
     option("packed: documents joined and cut; padded: one in each sample.", CALIBRATION),
 ]
+HeldOut = Annotated[int | None, option("Samples that quality is measured on; 32.", CALIBRATION)]
 Seed = Annotated[int | None, option("Of the choice of documents; 0.", CALIBRATION)]
 TextColumn = Annotated[str | None, option("Where the text is in each row.", CALIBRATION)]
 FewSamples = Annotated[
@@ -110,9 +111,7 @@ def quantize(
     samples: Samples = None,
     length: Length = None,
     packing: Packing = None,
-    held_out: Annotated[
-        int | None, option("Samples that quality is measured on; 32.", CALIBRATION)
-    ] = None,
+    held_out: HeldOut = None,
     seed: Seed = None,
     text_column: TextColumn = None,
     allow_few_samples: FewSamples = None,
@@ -130,7 +129,7 @@ def quantize(
     """Quantise a model; the new folder loads in vLLM, transformers and SGLang."""
     from vllm_quantkit.quantize import commands
 
-    with _told():
+    with _told(resumes=True):
         commands.run_quantize(model, out, recipe, _given(locals()), console, dry_run=dry_run)
 
 
@@ -154,8 +153,39 @@ def calibrate(
     """Collect the largest input of every channel, for smoothing when a model is loaded."""
     from vllm_quantkit.quantize import commands
 
-    with _told():
+    with _told(resumes=False):
         commands.run_calibrate(model, out, _given(locals()), console)
+
+
+@app.command()
+def calibrate_kv(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option(help="The folder to write; MODEL/kv_cache is found by itself.")
+    ],
+    bound: Annotated[
+        float | None,
+        option("Softmax error in 4 bits beyond which a layer keeps 16; 0.15.", NUMERICS),
+    ] = None,
+    source: Source = None,
+    samples: Samples = None,
+    length: Length = None,
+    packing: Packing = None,
+    held_out: HeldOut = None,
+    seed: Seed = None,
+    text_column: TextColumn = None,
+    allow_few_samples: FewSamples = None,
+    device: Device = None,
+    precision: Precision = None,
+    hidden_states: HiddenStates = None,
+    batch_tokens: BatchTokens = None,
+    trust_remote_code: RemoteCode = None,
+) -> None:
+    """Learn what a KV cache of 4 bits should take from keys, and which layers it does for."""
+    from vllm_quantkit.quantize import commands
+
+    with _told(resumes=False):
+        commands.run_calibrate_kv(model, out, bound, _given(locals()), console)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +194,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _told(*, resumes: bool) -> Iterator[None]:
     """An error becomes one sentence and exit status 1; Ctrl-C says how to go on."""
     try:
         yield
@@ -172,7 +202,8 @@ def _told() -> Iterator[None]:
         errors.print(Text.assemble(("error:", "bold red"), " ", str(error)))
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        errors.print("interrupted: the same command with --resume goes on where this one stopped.")
+        how = "with --resume goes on where this one stopped" if resumes else "begins anew"
+        errors.print(f"interrupted: the same command {how}.")
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -1,4 +1,4 @@
-"""What the commands `quantkit quantize` and `quantkit calibrate` do."""
+"""What the commands `quantkit quantize`, `calibrate` and `calibrate-kv` do."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from typing import Any
 from rich.console import Console
 
 from vllm_quantkit.errors import ConfigError
+from vllm_quantkit.kv_calibration import write_kv_calibration
 from vllm_quantkit.quantize.activation_stats import write_activation_stats
-from vllm_quantkit.quantize.calibration import CalibrationOptions, read_calibration_options
+from vllm_quantkit.quantize.calibration import (
+    CalibrationOptions,
+    TokenSets,
+    read_calibration_options,
+)
 from vllm_quantkit.quantize.collecting import collect_ranges
 from vllm_quantkit.quantize.estimate import estimate
-from vllm_quantkit.quantize.hub import model_folder
+from vllm_quantkit.quantize.hub import hub_name, model_folder
 from vllm_quantkit.quantize.job import Job, run_options
+from vllm_quantkit.quantize.kv_cache.calibrating import calibrate_kv_cache, kv_options
+from vllm_quantkit.quantize.kv_cache.telling import closing_lines, table_lines, warnings
 from vllm_quantkit.quantize.output.report import render_lines
 from vllm_quantkit.quantize.output.workspace import refuse_existing
 from vllm_quantkit.quantize.progress import Bars
@@ -84,18 +91,57 @@ def run_calibrate(model: str, out: Path, given: Mapping[str, Any], console: Cons
         QuantkitError: see `Job` and `collect_ranges`.
     """
     refuse_existing(out)
-    options = read_calibration_options({**_known(given, CalibrationOptions), "held_out": 1})
+    job, sets = _looking(model, {**given, "held_out": 1}, console)
+    with Bars(console) as bars:
+        stats = collect_ranges(job.source, sets.calibration, run=job.run, watcher=bars)
+    largest = {name: ranges.absmax for name, ranges in stats.items()}
+    write_activation_stats(largest, out, tokens=sets.calibration.tokens)
+    console.print(f"{out}: {len(largest)} layers, {sets.calibration.tokens:,} tokens.")
+
+
+def run_calibrate_kv(
+    model: str, out: Path, bound: float | None, given: Mapping[str, Any], console: Console
+) -> None:
+    """Writes what a cache of 4 bits should know of the keys of `model` to the folder `out`.
+
+    Raises:
+        QuantkitError: see `Job`, `calibrate_kv_cache` and `write_kv_calibration`.
+    """
+    refuse_existing(out)
+    options = kv_options(bound)
+    job, sets = _looking(model, given, console)
+    with Bars(console) as bars:
+        found = calibrate_kv_cache(
+            job.source,
+            sets,
+            run=job.run,
+            options=options,
+            watcher=bars,
+            model_name=hub_name(model),
+        )
+    write_kv_calibration(found, out)
+    for line in table_lines(found):
+        console.print(line)
+    for warning in warnings(found):
+        console.print(f"warning: {warning}")
+    for line in closing_lines(found, model, job.source, out):
+        console.print(line)
+
+
+def _looking(model: str, given: Mapping[str, Any], console: Console) -> tuple[Job, TokenSets]:
+    """A run that only looks, and its text; prints what the user should be warned of.
+
+    Raises:
+        QuantkitError: there is no such model, or too little text.
+    """
+    options = read_calibration_options(_known(given, CalibrationOptions))
     job = Job(model, model_folder(model), NOTHING, options, run_options(_known(given, RunOptions)))
     sets = job.token_sets()
     if sets is None:
         raise ConfigError("no calibration text was given: pass --calibration FILE.")
     for warning in sets.warnings:
         console.print(f"warning: {warning}")
-    with Bars(console) as bars:
-        stats = collect_ranges(job.source, sets.calibration, run=job.run, watcher=bars)
-    largest = {name: ranges.absmax for name, ranges in stats.items()}
-    write_activation_stats(largest, out, tokens=sets.calibration.tokens)
-    console.print(f"{out}: {len(largest)} layers, {sets.calibration.tokens:,} tokens.")
+    return job, sets
 
 
 def _known(given: Mapping[str, Any], model: type[Frozen]) -> dict[str, Any]:
