@@ -30,7 +30,10 @@ SHARED = frozenset({WEIGHT, "input_scale", "input_zero_point", "input_scale_ub"}
 """Tensors of quantised layers that layers in 16 bits may have, too."""
 
 BESIDE = frozenset(
-    {"bias", "q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "output_scale"}
+    {
+        *("bias", "q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "output_scale"),
+        "k_zero_point",
+    }
 )
 """Tensors that may lie beside a quantised layer's own: biases, and scales of the KV cache."""
 

@@ -33,6 +33,12 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {str(path)!r}")
+    return path
+
+
 Pattern = Annotated[str, AfterValidator(_regex)]
 """A regular expression, matched from the start of a checkpoint layer's name."""
 
@@ -72,6 +78,29 @@ class LayerOverride(LayerOptions):
     method: str | None = None
 
 
+class KVCacheOptions(Frozen):
+    """How keys and values are stored.
+
+    Attributes:
+        dtype: `int4` stores 4 bits; `auto` follows `--kv-cache-dtype`.
+        key_group: dimensions of a key that share a scale, at 4 bits.
+        value_group: the same for values.
+        calibration: folder that `quantkit calibrate-kv` wrote; None looks for `kv_cache/` in the
+            model's folder.
+        skip_layers: decoder layers that keep 16 bits, besides those the calibration names.
+        prefill: `raw` lets the tokens of one step attend to each other's keys and values as they
+            are; `cached` to what the cache keeps of them, so that results do not depend on how a
+            prompt was cut into steps.
+    """
+
+    dtype: Literal["auto", "int4"] = "auto"
+    key_group: Literal[32, 64] = 32
+    value_group: Literal[32, 64] = 64
+    calibration: Annotated[Path, AfterValidator(_folder)] | None = None
+    skip_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    prefill: Literal["raw", "cached"] = "raw"
+
+
 class Options(LayerOptions):
     """Options of all methods; those of `LayerOptions` are for layers that no pattern names.
 
@@ -83,6 +112,7 @@ class Options(LayerOptions):
         activation_stats: file with the largest input of every channel, as `quantkit calibrate`
             writes it.
         smoothing: SmoothQuant's alpha: the share of the difficulty that goes into the weights.
+        kv_cache: how keys and values are stored.
     """
 
     ignore_layers: tuple[Pattern, ...] = ()
@@ -90,6 +120,7 @@ class Options(LayerOptions):
     layers: dict[Pattern, LayerOverride | None] = Field(default_factory=dict)
     activation_stats: Annotated[Path, AfterValidator(_existing)] | None = None
     smoothing: float = Field(default=0.5, ge=0, le=1)
+    kv_cache: KVCacheOptions = KVCacheOptions()
 
 
 def read_options(additional_config: Mapping[str, Any]) -> Options:
@@ -104,8 +135,15 @@ def read_options(additional_config: Mapping[str, Any]) -> Options:
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        allowed = LayerOverride if path.startswith("layers.") else Options
+        allowed = _allowed(path)
         raise ConfigError(
             f"--additional-config quantkit: {path or 'quantkit'} = {first['input']!r}: "
             f"{first['msg']}; allowed keys are {', '.join(sorted(allowed.model_fields))}."
         ) from error
+
+
+def _allowed(path: str) -> type[Frozen]:
+    """The options that may stand where `path` does."""
+    if path.startswith("layers."):
+        return LayerOverride
+    return KVCacheOptions if path.startswith("kv_cache.") else Options

@@ -17,10 +17,9 @@ from vllm_quantkit.schemes.at_load import load_rules
 
 def quantises_at_load(name: str) -> bool:
     try:
-        get_method(name).at_load(LayerOptions())
+        return get_method(name).at_load(LayerOptions()) is not None
     except UnsupportedScheme:
         return False
-    return True
 
 
 AT_LOAD = [name for name in SCHEMES if quantises_at_load(name)]

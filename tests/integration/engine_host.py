@@ -121,7 +121,14 @@ def parameters(engine: Any, names: list[str]) -> list[list[Any]]:
     return ranks
 
 
+def cache_tokens(engine: Any) -> list[int]:
+    """Tokens that the KV cache holds in one block of memory, and blocks of it."""
+    config = engine.llm_engine.vllm_config.cache_config
+    return [config.block_size, config.num_gpu_blocks]
+
+
 OPERATIONS = {
+    "cache_tokens": cache_tokens,
     "score": score,
     "generate": generate,
     "reload": reload_weights,

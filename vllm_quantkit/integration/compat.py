@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -48,6 +49,16 @@ def without_tensors(mapper: Any, names: Sequence[str]) -> Any:
     return mapper | WeightsMapper(orig_to_new_regex={dropped: None})
 
 
+def without_exactly(mapper: Any, names: Sequence[str]) -> Any:
+    """A weight mapper that also drops the tensors of these whole names."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    if not names:
+        return mapper
+    dropped = re.compile(rf"^(?:{'|'.join(map(re.escape, names))})$")
+    return WeightsMapper(orig_to_new_regex={dropped: None}) | mapper
+
+
 def is_moe_layer(layer: nn.Module) -> bool:
     """True for the module that holds a mixture's expert weights."""
     try:
@@ -55,6 +66,13 @@ def is_moe_layer(layer: nn.Module) -> bool:
     except ImportError:  # before the expert weights had a module of their own
         from vllm.model_executor.layers.fused_moe import FusedMoE as Experts
     return isinstance(Experts, type) and isinstance(layer, Experts)
+
+
+def is_attention_layer(layer: nn.Module) -> bool:
+    """True for the module that owns a layer's KV cache."""
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
+
+    return isinstance(layer, Attention | MLAAttention)
 
 
 def loads_dummy_weights() -> bool:
@@ -70,6 +88,63 @@ def additional_config() -> Mapping[str, Any]:
 
     given = get_current_vllm_config().additional_config
     return given if isinstance(given, Mapping) else {}
+
+
+def current_config() -> Any:
+    """The `VllmConfig` of the model being built."""
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config()
+
+
+def head_major_layouts() -> Any:
+    """Layouts of a KV cache in which the bytes of a block and head are one piece, from 0.28 on."""
+    from vllm.v1.kv_cache_interface import KVCacheLayout
+
+    return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+
+def pads_cache_pages() -> bool:
+    """True where layers whose pages differ in size may share a pool: from 0.28 on."""
+    from vllm.v1.attention.backend import AttentionBackend
+
+    return hasattr(AttentionBackend, "customize_spec")
+
+
+def pack_cache(layer: Any, token_bytes: int) -> None:
+    """Let an attention layer's cache hold so many bytes for a token's key and value in one head.
+
+    From 0.28 on its backend says so (`customize_spec`). Before, vLLM sizes a page, and its backend
+    the view of it, from the spec's head sizes: each gets half of the bytes.
+    """
+    if pads_cache_pages():
+        return
+    ask, half = layer.get_kv_cache_spec, token_bytes // 2
+
+    def packed(vllm_config: Any) -> Any:
+        spec = ask(vllm_config)
+        return replace(spec, head_size=half, head_size_v=half, dtype=torch.uint8)
+
+    layer.get_kv_cache_spec = packed
+
+
+def softcap(implementation: Any) -> float:
+    """The cap of an attention layer's logits, 0 for none."""
+    for name in ("logits_soft_cap", "logits_softcap"):
+        cap = getattr(implementation, name, None)
+        if cap:
+            return float(cap)
+    return 0.0
+
+
+def cpu_sinks(sinks: torch.Tensor) -> torch.Tensor:
+    """Attention sinks as the CPU's kernel takes them: in 0.27 bfloat16, later also float32.
+
+    Models store them in bfloat16.
+    """
+    if sinks.dtype == torch.bfloat16 or not pads_cache_pages():
+        return sinks.bfloat16()
+    return sinks.float()
 
 
 def serves_lora() -> bool:

@@ -18,6 +18,7 @@ from vllm_quantkit.errors import QuantkitError, UnsupportedScheme
 from vllm_quantkit.formats import get_format
 from vllm_quantkit.integration import compat
 from vllm_quantkit.integration.context import LoadContext
+from vllm_quantkit.integration.kv_treatment import HEAD_TENSORS
 from vllm_quantkit.integration.linear import QuantkitLinearMethod
 from vllm_quantkit.integration.names import LayerNames
 from vllm_quantkit.integration.report import LoadReport
@@ -114,7 +115,8 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         mapper = compat.without_layers(super().get_cache_scale_mapper(), self.report.close_audit())
         schemes = self.rules.schemes if self.rules is not None else ()
         companions = [name for spec in schemes for name in get_format(spec.dialect).COMPANIONS]
-        return compat.without_tensors(mapper, companions)
+        mapper = compat.without_tensors(mapper, companions)
+        return compat.without_exactly(mapper, self.names.head_tensors(HEAD_TENSORS))
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
@@ -134,11 +136,14 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         """The linear method of a layer; 16 bits where the rules or the checkpoint say so.
 
         Raises:
-            UnsupportedScheme: a mixture of experts, or partitions of a merged layer that differ.
+            UnsupportedScheme: a mixture of experts, partitions of a merged layer that differ, or
+                attention that an INT4 KV cache does not serve.
         """
         context = self._start()
         if isinstance(layer, LinearBase | ParallelLMHead):
             return self._linear_method(layer, prefix, context)
+        if compat.is_attention_layer(layer):
+            return context.kv_cache.method(layer, prefix)
         if compat.is_moe_layer(layer) and self._expert_scheme(prefix) is not None:
             raise UnsupportedScheme(
                 f"{self.method_name} does not serve mixture-of-experts layers ({prefix}); drop "

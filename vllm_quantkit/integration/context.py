@@ -13,6 +13,7 @@ from vllm_quantkit.errors import ConfigError
 from vllm_quantkit.integration import compat
 from vllm_quantkit.integration.blocks import BLOCKS, DecoderLayers
 from vllm_quantkit.integration.fusion import fuse
+from vllm_quantkit.integration.kv_cache import KVCache
 from vllm_quantkit.integration.names import LayerNames
 from vllm_quantkit.integration.report import LoadReport
 from vllm_quantkit.integration.smoothing import Smoothing
@@ -42,12 +43,14 @@ class LoadContext:
 
     Attributes:
         report: counts layers and speaks at the end.
+        kv_cache: of the model.
     """
 
     def __init__(
         self, method: type[Method], options: Options, names: LayerNames, report: LoadReport
     ) -> None:
         self.report = report
+        self.kv_cache = KVCache(options.kv_cache, report, int4=method.int4_cache)
         self._names = names
         self._layers = DecoderLayers()
         self._layers.watch()

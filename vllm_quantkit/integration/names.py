@@ -27,9 +27,13 @@ class LayerNames:
     Rules and headers speak of checkpoint layers. A model may rename them
     (`hf_to_vllm_mapper`), so names found in the headers are mapped forward once and looked up
     backward. Without headers to read (weights not in safetensors, or random) the rules alone speak.
+
+    Attributes:
+        folder: the checkpoint's, where it is known.
     """
 
     def __init__(self) -> None:
+        self.folder: Path | None = None
         self._headers: Mapping[str, TensorHeader] = {}
         self._audit: CheckpointAudit | None = None
         self._mapper: Any = None
@@ -42,7 +46,7 @@ class LayerNames:
         Raises:
             CheckpointError: a file is truncated, or tensors occur twice.
         """
-        folder = checkpoint_folder(model, revision)
+        self.folder = folder = checkpoint_folder(model, revision)
         if folder is None or not any(folder.glob("*.safetensors")):
             logger.info("%s has no safetensors here; tensors are checked while they load.", model)
             return
@@ -88,6 +92,29 @@ class LayerNames:
         Checkpoints of a bare backbone lack the model's first component (GPT-2's `transformer.`).
         """
         return self._by_model_name.get(name) or self._by_model_name.get(name.partition(".")[2])
+
+    def model_name(self, module: str) -> str:
+        """The model's name of a module of the checkpoint that holds no tensor itself."""
+        if self._mapper is None:
+            return module
+        probe = ".weight"  # patterns of a mapper may end in a dot
+        renamed: list[str] = self._mapper.apply_list([module + probe])
+        return renamed[0].removesuffix(probe) if renamed else module
+
+    def head_tensor(self, name: str, leaf: str) -> Tensor | None:
+        """The stored [heads, dimensions] tensor `leaf` of the model's module `name`, if any."""
+        header = self._headers.get(f"{self.checkpoint_name(name)}.{leaf}")
+        if header is None or len(header.shape) != 2:
+            return None
+        return self._read(f"{self.checkpoint_name(name)}.{leaf}")
+
+    def head_tensors(self, leaves: tuple[str, ...]) -> list[str]:
+        """Names of all stored [heads, dimensions] tensors that are called one of `leaves`."""
+        return [
+            name
+            for name, header in self._headers.items()
+            if name.rpartition(".")[2] in leaves and len(header.shape) == 2
+        ]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The stored tensors of the model's layer `name`, by their names behind the layer's.
@@ -151,7 +178,7 @@ class LayerNames:
             name
             for name in (self._audit.quantised if self._audit is not None else ())
             if name not in self._claimed
-            and not _behind_last_layer(name, num_layers)
+            and not behind_last_layer(name, num_layers)
             and not _any_matches(ignored, name)
         ]
         if orphans:
@@ -183,6 +210,7 @@ def _any_matches(patterns: tuple[str, ...], name: str) -> bool:
     return any(re.match(pattern, name) for pattern in patterns)
 
 
-def _behind_last_layer(name: str, num_layers: int | None) -> bool:
+def behind_last_layer(name: str, num_layers: int | None) -> bool:
+    """True for the decoder layers of multi-token prediction heads."""
     found = LAYER_INDEX.search(f".{name}.")
     return found is not None and num_layers is not None and int(found[1]) >= num_layers

@@ -131,6 +131,7 @@ class Method(ABC):
         options: the `LayerOptions` it looks at when it quantises a model at load.
         config_files: where its older checkpoints keep what is now in config.json.
         smooths: True where activation statistics move outliers from activations into weights.
+        int4_cache: True where the KV cache is INT4 without a further word.
     """
 
     name: ClassVar[str]
@@ -139,6 +140,7 @@ class Method(ABC):
     options: ClassVar[tuple[str, ...]] = ()
     config_files: ClassVar[tuple[str, ...]] = ()
     smooths: ClassVar[bool] = False
+    int4_cache: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -146,8 +148,8 @@ class Method(ABC):
         """True where a checkpoint layer described by `spec` is for this method."""
 
     @classmethod
-    def at_load(cls, options: LayerOptions) -> SchemeSpec:
-        """What a layer of a 16-bit model becomes.
+    def at_load(cls, options: LayerOptions) -> SchemeSpec | None:
+        """What a layer of a 16-bit model becomes; None leaves it as it is.
 
         Raises:
             UnsupportedScheme: the method needs calibration, so it serves checkpoints only.

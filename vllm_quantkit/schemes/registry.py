@@ -15,6 +15,7 @@ SCHEMES = {
     "quantkit-int8": "vllm_quantkit.schemes.int8:Int8",
     "quantkit-int4": "vllm_quantkit.schemes.int4:Int4",
     "quantkit-llm-int8": "vllm_quantkit.schemes.llm_int8:LLMInt8",
+    "quantkit-kv4": "vllm_quantkit.schemes.kv4:KV4",
 }
 """Registered name to `module:class`."""
 
