@@ -28,21 +28,39 @@ SIZES = (1, 24, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 NAN_WORD = 0x7E00
 
 
-def plain_quantise(group: list[float]) -> tuple[list[int], int]:
-    """Codes and word of one group of float32 values, in Python's numbers."""
+def plain_scales(group: list[float]) -> list[float]:
+    """The scales that are tried for a group of float32 values; none where it cannot be stored."""
     one = np.float32
     if not all(math.isfinite(y) for y in group):
-        return [0] * len(group), NAN_WORD
+        return []
     low, high = min(0.0, *group), max(0.0, *group)
     spread = one(min(high - low, 3.4e38))
     scale = float(max(spread / one(15), one(2.0**-14)))
     step = 2.0 ** (math.floor(math.log2(scale)) - 6)
     scale = math.ceil(scale / step) * step
     if scale > 65504:
-        return [0] * len(group), NAN_WORD
+        return []
+    scales = [scale]
+    for _ in range(7):
+        # A power of two is followed by numbers with half its step.
+        fraction, _ = math.frexp(scale)
+        step = 2.0 ** (math.floor(math.log2(scale)) - 6 - (fraction == 0.5))
+        scale = max(2.0**-14, scale - step)
+        scales.append(scale)
+    return scales
+
+
+def plain_codes(group: list[float], scale: float) -> tuple[list[int], int]:
+    """Codes and zero-point at a scale, in Python's numbers."""
+    one, low = np.float32, min(0.0, *group)
     zero = min(15, round(float(one(-low) / one(scale))))
-    codes = [min(15, max(0, round(float(one(y) / one(scale))) + zero)) for y in group]
-    return codes, int(np.float16(scale).view(np.uint16)) | zero
+    return [min(15, max(0, round(float(one(y) / one(scale))) + zero)) for y in group], zero
+
+
+def plain_error(group: list[float], scale: float) -> float:
+    """Sum of squared errors at a scale."""
+    codes, zero = plain_codes(group, scale)
+    return sum(((c - zero) * scale - y) ** 2 for c, y in zip(codes, group, strict=True))
 
 
 FINITE = st.floats(-70000, 70000, width=32)
@@ -53,20 +71,32 @@ FINITE = st.floats(-70000, 70000, width=32)
 def test_quantise_is_its_definition(values: list[float], factor: float) -> None:
     y = torch.tensor(values) * factor
     codes, words = quantise(y[None], 32)
-    want_codes, want_word = plain_quantise(y.tolist())
-    assert int(words[0, 0]) & 0xFFFF == want_word
-    assert codes[0].tolist() == want_codes
+    group, word = y.tolist(), int(words[0, 0]) & 0xFFFF
+    scales = plain_scales(group)
+    if not scales:
+        assert (word, codes[0].tolist()) == (NAN_WORD, [0] * 32)
+        return
+    scale = float(np.uint16(word & 0xFFF0).view(np.float16))
+    assert scale in scales
+    assert (codes[0].tolist(), word & 15) == plain_codes(group, scale)
+    # Float32 sums cannot tell errors apart that are closer.
+    assert plain_error(group, scale) <= min(plain_error(group, s) for s in scales) * (1 + 1e-4)
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.floats(-1000, 1000, width=32), min_size=64, max_size=64))
-def test_a_value_is_half_a_step_away(values: list[float]) -> None:
-    y = torch.tensor(values)
-    codes, words = quantise(y, 64)
-    scale = torch.tensor(int(words[0]) & 0xFFF0, dtype=torch.int16).view(torch.float16).double()
-    error = (dequantise(codes, words).double() - y.double()).abs().max()
-    # Beyond a half: y / s is rounded to float32.
-    assert float(error) <= 0.5001 * float(scale)
+def test_of_scales_that_do_alike_the_first_is_taken() -> None:
+    _, words = quantise(torch.zeros(1, 32), 32)
+    assert int(words) == 0x0400
+    y = torch.zeros(1, 32)
+    y[0, 0] = 15.0
+    assert int(quantise(y, 32)[1]) == 0x3C00
+
+
+def test_smaller_scales_are_worth_trying() -> None:
+    y = torch.randn(4096, 64)
+    error = (dequantise(*quantise(y, 64)) - y).square().sum()
+    largest = sum(plain_error(row, plain_scales(row)[0]) for row in y[:512].tolist()) * 8
+    # 8 % in the mean; a group's error varies by 20 %, that of 512 groups by less than 1 %.
+    assert 0.90 < float(error) / largest < 0.95
 
 
 @settings(deadline=None, max_examples=100)
@@ -91,17 +121,17 @@ def test_what_codes_stand_for_has_these_codes(
 
 def test_written_out_groups() -> None:
     y = torch.zeros(4, 32)
-    y[0, 0], y[0, 1], y[0, 2] = -1.0, 14.0, 2.5
+    y[0, 0], y[0, 1], y[0, 2] = -1.0, 14.0, 3.0
     y[1, 0] = 15 * 1.1
     y[2, 3] = -15.0
     codes, words = quantise(y, 32)
     assert words.flatten().tolist() == [
         0x3C00 | 1,  # scale 1, zero-point 1
-        0x3C70,  # 1.1 rounded up to 1 + 7 / 64
+        0x3C60,  # 1.1 rounded up to 1 + 7 / 64, and 1 + 6 / 64 is nearer
         0x3C00 | 15,  # nothing positive: zero is the largest code
         0x0400,  # all zero: the smallest normal scale
     ]
-    assert codes[0, :4].tolist() == [0, 15, 3, 1]
+    assert codes[0, :4].tolist() == [0, 15, 4, 1]
     assert codes[1, :2].tolist() == [15, 0]
     assert codes[2, 2:5].tolist() == [15, 0, 15]
     assert not codes[3].any()
@@ -150,7 +180,7 @@ def test_bytes_hold_a_dimension_and_its_partner() -> None:
 @pytest.mark.parametrize(
     ("size", "groups", "bytes_"),
     [
-        (64, {}, 64 + 4 + 2),
+        (64, {}, 64 + 4 + 4),
         (80, {}, 96 + 6 + 6),
         (96, {}, 96 + 6 + 6),
         (112, {}, 128 + 8 + 4),

@@ -83,13 +83,13 @@ def table(step: Step, entry: int) -> Tensor:
 WRITE: dict[str, tuple[Callable[[Step], dict[str, object]], str]] = {
     "cache shape": (
         lambda s: {"cache": s.cache[..., :-2]},
-        r"cache is torch.uint8 \(10, 2, 16, 68\).*need torch.uint8 \(blocks, heads, 16, 70\)",
+        r"cache is torch.uint8 \(10, 2, 16, 70\).*need torch.uint8 \(blocks, heads, 16, 72\)",
     ),
     "cache dtype": (lambda s: {"cache": s.cache.view(torch.int8)}, "the cache is torch.int8"),
-    "cache dimensions": (lambda s: {"cache": s.cache[0]}, r"the cache is torch.uint8 \(2, 16, 70"),
+    "cache dimensions": (lambda s: {"cache": s.cache[0]}, r"the cache is torch.uint8 \(2, 16, 72"),
     "cache strides": (
         lambda s: {"cache": s.cache.mT.contiguous().mT},
-        r"cache has strides .*last two are \(70, 1\)",
+        r"cache has strides .*last two are \(72, 1\)",
     ),
     "cache heads": (lambda s: {"cache": s.cache[:, :1]}, "key has 2 heads, but the cache has 1"),
     "slots past": (

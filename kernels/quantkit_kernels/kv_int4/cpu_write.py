@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from llvmlite import ir
 
-from quantkit_kernels.act_quant.cpu_math import Float, bits_of, floats, to_integer
-from quantkit_kernels.cpu.ir import I16, I64, LANES, VECTOR_F32, VECTOR_I8, VECTOR_I32, Emitter
+from quantkit_kernels.act_quant.cpu_math import (
+    ROUND_TO_INTEGER,
+    Float,
+    bits_of,
+    floats,
+    to_integer,
+)
+from quantkit_kernels.cpu.ir import I16, I32, I64, LANES, VECTOR_F32, VECTOR_I8, VECTOR_I32, Emitter
 from quantkit_kernels.kv_int4.cpu_entry import (
     Entry,
     divided,
@@ -21,9 +28,11 @@ from quantkit_kernels.kv_int4.cpu_rotate import Vectors, rotated
 from quantkit_kernels.kv_int4.cpu_rows import load_head, within_head
 from quantkit_kernels.kv_int4.layout import CacheLayout
 from quantkit_kernels.kv_int4.reference import (
+    DROPPED_BITS,
     LARGEST_CODE,
     LARGEST_SCALE,
     NAN_WORD,
+    SCALES,
     SMALLEST_SCALE,
 )
 
@@ -129,19 +138,51 @@ class _Writer:
 def quantised(e: Emitter, group: Vectors) -> tuple[ir.Value, Vectors]:
     """A group's word, int16, and its codes, int32 lanes: `reference.quantise`."""
     b = e.b
-    scale, negative_low, good = _scale(e, group)
-    ones = b.select(good, scale, floats(1.0))
+    largest, negative_low, good = _scale(e, group)
+    scale = _best_scale(e, group, negative_low, b.select(good, largest, floats(1.0)))
     most, none = e.words(LARGEST_CODE), e.words(0)
 
     def cut(code: ir.Value) -> ir.Value:
         code = e.call("llvm.smax.v16i32", VECTOR_I32, code, none)
         return e.call("llvm.smin.v16i32", VECTOR_I32, code, most)
 
-    zero = cut(to_integer(e, b.fdiv(negative_low, ones)))
-    codes = [b.select(good, cut(b.add(to_integer(e, b.fdiv(y, ones)), zero)), none) for y in group]
+    zero = cut(to_integer(e, b.fdiv(negative_low, scale)))
+    codes = [b.select(good, cut(b.add(to_integer(e, b.fdiv(y, scale)), zero)), none) for y in group]
     half = b.sub(b.lshr(bits_of(e, scale), e.words(13)), e.words((127 - 15) << 10))
     word = b.select(good, b.or_(half, zero), e.words(NAN_WORD))
     return b.trunc(first_lane(e, word), I16), codes
+
+
+def _best_scale(e: Emitter, group: Vectors, negative_low: ir.Value, largest: ir.Value) -> ir.Value:
+    """In all lanes: of the `SCALES` from `largest` down, the one with the least squared error."""
+    b = e.b
+    with e.loop(e.number(SCALES), (largest, floats(math.inf))) as tried:
+        steps = e.splat(b.shl(b.trunc(tried.index, I32), ir.Constant(I32, DROPPED_BITS)))
+        bits = b.sub(bits_of(e, largest), steps)
+        scale = larger(e, b.bitcast(bits, VECTOR_F32), floats(SMALLEST_SCALE))
+        error = _squared_error(e, group, negative_low, scale)
+        best, least = tried.values
+        better = b.fcmp_ordered("<", error, least)
+        tried.next_values = b.select(better, scale, best), b.select(better, error, least)
+    return tried.values[0]
+
+
+def _squared_error(e: Emitter, group: Vectors, negative_low: ir.Value, scale: ir.Value) -> ir.Value:
+    """In all lanes: the sum of ((code - zero) * scale - y)^2."""
+    b, shift, total = e.b, floats(ROUND_TO_INTEGER), floats(0.0)
+
+    def rounded(value: ir.Value) -> ir.Value:
+        return b.fsub(b.fadd(b.fdiv(value, scale), shift), shift)
+
+    def cut(code: ir.Value) -> ir.Value:
+        return smaller(e, larger(e, code, floats(0.0)), floats(LARGEST_CODE))
+
+    zero = cut(rounded(negative_low))
+    for y in group:
+        value = b.fmul(b.fsub(cut(b.fadd(rounded(y), zero)), zero), scale)
+        difference = b.fsub(value, y)
+        total = e.fma(difference, difference, total)
+    return folded(e, total, b.fadd)
 
 
 def _scale(e: Emitter, group: Vectors) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -155,7 +196,7 @@ def _scale(e: Emitter, group: Vectors) -> tuple[ir.Value, ir.Value, ir.Value]:
     low = folded(e, low, lambda x, y: smaller(e, x, y))
     high = folded(e, high, lambda x, y: larger(e, x, y))
     raw = larger(e, b.fdiv(b.fsub(high, low), floats(LARGEST_CODE)), floats(SMALLEST_SCALE))
-    dropped = (1 << 17) - 1
+    dropped = (1 << DROPPED_BITS) - 1
     bits = b.and_(b.add(bits_of(e, raw), e.words(dropped)), e.words(~dropped))
     scale = b.bitcast(bits, VECTOR_F32)
     any_nan = b.icmp_unsigned(

@@ -54,7 +54,8 @@ class CacheLayout:
     Attributes:
         head_size: dimensions of a key and of a value, D.
         block_size: tokens in a block.
-        key_group: dimensions of a key that share a word, where they divide the padded head.
+        key_group: dimensions of a key that share a word, where they cut the padded head in equal
+            parts; else 32.
         value_group: the same for values.
         value_columns: True where a value's dimension is contiguous over tokens (GPUs).
     """
@@ -92,7 +93,7 @@ class CacheLayout:
 
     @property
     def key_dimensions(self) -> int:
-        """Dimensions of a key group: `key_group`, or 32 where that does not divide P."""
+        """Dimensions of a key group: `key_group`, or 32 where that does not cut P."""
         return _divisor(self.padded_size, self.key_group)
 
     @property
@@ -179,4 +180,5 @@ class CacheLayout:
 
 
 def _divisor(padded: int, group: int) -> int:
-    return group if padded % group == 0 else DIMENSIONS
+    """A head is at least two groups: small ones are those that 4 bits harm most."""
+    return group if padded % group == 0 and padded > group else DIMENSIONS
