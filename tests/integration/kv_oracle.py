@@ -66,14 +66,15 @@ class Oracle:
         return logits[:-1].log_softmax(-1).gather(1, following)[:, 0].tolist()
 
     @torch.no_grad()
-    def greedy(self, tokens: list[int], steps: Sequence[int] | None, count: int) -> list[int]:
-        """The most likely tokens, one after the other, each of a step of its own."""
-        made: list[int] = []
-        for _ in range(count):
-            decoded = None if steps is None else [*steps, *[0] * len(made)]
-            logits = self._logits([*tokens, *made], decoded)
-            made.append(int(logits[-1].argmax()))
-        return made
+    def regret(self, tokens: list[int], steps: Sequence[int] | None, made: list[int]) -> float:
+        """How much more likely, in nats, the likeliest token ever was than the one that was made.
+
+        Each of `made` came in a step of its own.
+        """
+        decoded = None if steps is None else [*steps, *[0] * len(made)]
+        logits = self._logits([*tokens, *made], decoded)[len(tokens) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(made)[:, None])[:, 0]
+        return float((logits.amax(-1) - chosen).max())
 
     def _logits(self, tokens: list[int], steps: Sequence[int] | None) -> Tensor:
         self.steps = None if steps is None else _step_of(steps)

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.engine
 CHUNK = 64
 METHOD = "quantkit-kv4"
 DEMO = ROOT / "examples" / "tiny-lm"
+LONGEST, NEW_TOKENS = 1024, 48
 
 PERPLEXITY_LOSS = 5e-3
 """What the format may cost a trained model."""
@@ -34,6 +35,10 @@ SCORE_TOLERANCE = 0.02
 Rotations sum in another order, so that now and then a value next to a rounding boundary gets the
 neighbouring code: 4e-4 and 6e-4 were seen. The INT4 cache itself moves scores by 0.2.
 """
+
+REGRET_TOLERANCE = 0.05
+"""Nats by which a greedy token may be less likely than the likeliest: neighbouring codes move
+single scores by as much. Wrong keys or values move them by 0.2 and more, at nearly every token."""
 
 
 def steps(length: int) -> list[int]:
@@ -84,12 +89,11 @@ def test_chunks_prefixes_and_batches_compute_what_rounded_keys_and_values_do(
     whole_scores = [oracle.scores(prompt, [len(prompt)]) for prompt in asked]
     # In one step nothing is rounded: exact up to the order of sums.
     assert mean_difference([a for (a,) in result.answers[:2]], whole_scores) <= 2e-4
-    expected = [
-        oracle.greedy(first, [128, 30], 12),
-        oracle.greedy(whole, [180], 12),
-        oracle.greedy(second, [128, 30], 12),
-    ]
-    assert result.answers[-1] == expected
+    for prompt, cut, made in zip(
+        mixed, ([128, 30], [180], [128, 30]), result.answers[-1], strict=True
+    ):
+        assert len(made) == 12
+        assert oracle.regret(prompt, cut, made) <= REGRET_TOLERANCE
     (line,) = [entry for entry in result.log if "KV cache INT4" in entry]
     assert "in 2 layers, 280 bytes a token and layer instead of 2048" in line
     assert "not calibrated: `quantkit calibrate-kv MODEL" in line
@@ -114,9 +118,10 @@ def test_a_full_pool_preempts_and_recomputes_the_same_tokens(llama, engines: Eng
     ).answers
 
     oracle = Oracle(llama)
-    expected = [oracle.greedy(prompt, None, 45) for prompt in asked[:2]]
-    assert answers[0][:2] == expected
-    assert answers[1] == answers[0]
+    for made in answers:
+        for prompt, tokens in zip(asked, made, strict=True):
+            assert len(tokens) == 45
+            assert oracle.regret(prompt, None, tokens) <= REGRET_TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen2"])
@@ -136,7 +141,9 @@ def test_a_calibration_windows_caps_and_drafts(family, tmp_path, engines: Engine
 
     oracle = Oracle(model, treatments)
     check_scores(result.answers[:2], oracle, asked)
-    assert result.answers[2] == [oracle.greedy(repeating, steps(len(repeating)), 20)]
+    (made,) = result.answers[2]
+    assert len(made) == 20
+    assert oracle.regret(repeating, steps(len(repeating)), made) <= REGRET_TOLERANCE
     assert any(f"calibrated by {model / 'kv_cache'}" in line for line in result.log)
 
 
@@ -236,11 +243,43 @@ def test_the_trained_model_keeps_its_perplexity(engines: EngineHost):
     assert ours != plain
 
 
-def held_out_windows() -> list[list[int]]:
+@pytest.mark.parametrize("prefill", ["cached", "raw"])
+def test_the_longest_prompts_go_on_alike_however_they_are_cut(prefill, engines: EngineHost):
+    """The model's maximum: in one step, in chunks, and behind a prefix that is cached.
+
+    Read from the cache, prompts make the same tokens however they are cut. By default the tokens of
+    a step attend to each other unrounded, so that a cut moves scores by a rounding of 4 bits.
+    """
+    asked = held_out_windows(count=6, length=LONGEST - NEW_TOKENS)
+    ask = {"op": "generate", "prompts": asked, "max_tokens": NEW_TOKENS}
+    options = {"quantkit": {"kv_cache": {"prefill": prefill}}}
+    how = {"additional_config": options, "max_model_len": LONGEST}
+
+    (whole,) = engines.run(
+        DEMO / "bf16", METHOD, [ask], max_num_batched_tokens=LONGEST, max_num_seqs=1, **how
+    ).answers
+    chunked, behind_prefix = engines.run(
+        DEMO / "bf16", METHOD, [ask, ask], max_num_batched_tokens=128, **how
+    ).answers
+
+    same = [share_alike(whole, made) for made in (chunked, behind_prefix)]
+    print(f"prefill {prefill}: tokens alike in chunks {same[0]:.1%}, behind a prefix {same[1]:.1%}")
+    if prefill == "cached":
+        assert same == [1.0, 1.0]
+    else:
+        assert min(same) > 0.5
+
+
+def share_alike(first: list[list[int]], second: list[list[int]]) -> float:
+    pairs = [pair for made in zip(first, second, strict=True) for pair in zip(*made, strict=True)]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def held_out_windows(count: int = 10, length: int = 250) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "bf16")
-    text = (DEMO / "data" / "held_out.txt").read_text()[:20000]
+    text = (DEMO / "data" / "held_out.txt").read_text()[:40000]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [ids[start : start + 250] for start in range(0, 2500, 250)]
+    return [ids[start : start + length] for start in range(0, count * length, length)]
 
 
 def store_treatments(model: Path, treatments: dict[int, KeyTreatment]) -> None:
@@ -256,7 +295,7 @@ def store_treatments(model: Path, treatments: dict[int, KeyTreatment]) -> None:
 
 @pytest.mark.parametrize(("head", "gain"), [(128, 3.6), (64, 3.4)])
 def test_the_cache_holds_more_tokens(head, gain, tmp_path, engines: EngineHost):
-    """Against bfloat16: 140 bytes of 512 at 128 dimensions, 70 of 256 at 64."""
+    """Against bfloat16: 140 bytes of 512 at 128 dimensions, 72 of 256 at 64."""
     model = create_tiny_model("llama", tmp_path / "model", head_dim=head)
     ask = [{"op": "cache_tokens"}]
 
