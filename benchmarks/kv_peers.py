@@ -3,9 +3,9 @@
     python -m benchmarks.kv_peers --json results.json
 
 Keys are synthetic, of one head of 128 dimensions after RoPE: Gaussian, with moderate outliers, or
-with the large bias of Qwen2's keys on slowly rotating dimensions. Calibration sees other keys, at
-other positions, than those that are measured. Queries are scaled so that logits without the bias
-have a standard deviation of 2.5.
+with the large bias of Qwen2's keys on slowly rotating dimensions. Calibration sees other keys and
+queries, at other positions, than those that are measured. Queries are scaled so that logits without
+the bias have a standard deviation of 2.5.
 """
 
 from __future__ import annotations
@@ -185,12 +185,15 @@ def make_sample(regime: Regime, seed: int) -> Sample:
 
 
 def calibrate(regime: Regime) -> KeyTreatment:
-    """Shift and scale from other keys, at other positions, than `make_sample` has."""
+    """Shift and scale from other keys and queries, at other positions, than `make_sample` has."""
     moments = KeyMoments(1, HEAD, torch.device("cpu"))
+    positions = CALIBRATION_POSITION + torch.arange(TOKENS)
     for half in (0, 1):
-        positions = CALIBRATION_POSITION + torch.arange(TOKENS)
-        key = rope(make_keys(regime, TOKENS, 100 + half)[0], positions)[None, None]
-        moments.add(key, key, half)
+        key, spread, _ = make_keys(regime, TOKENS, 100 + half)
+        own = torch.Generator().manual_seed(1100 + half)
+        query = torch.randn(TOKENS, HEAD, generator=own) * spread
+        query, key = (rope(x, positions)[None, None] for x in (query, key))
+        moments.add(query, key, key, half)
     return moments.treatment("shift+scale")
 
 

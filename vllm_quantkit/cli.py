@@ -165,7 +165,7 @@ def calibrate_kv(
     ],
     bound: Annotated[
         float | None,
-        option("Softmax error in 4 bits beyond which a layer keeps 16; 0.15.", NUMERICS),
+        option("Output error in 4 bits beyond which a layer keeps 16; 0.25.", NUMERICS),
     ] = None,
     source: Source = None,
     samples: Samples = None,

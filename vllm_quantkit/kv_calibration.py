@@ -46,7 +46,8 @@ CacheDtype = Literal["int4", "auto"]
 """Of a layer's cache: 4 bits, or the model's 16."""
 
 KeyChoice = Literal["none", "shift", "shift+scale"]
-"""What is taken from keys before they are rounded: nothing, their mean, or also their spread."""
+"""What is taken from keys before they are rounded: nothing, their mean, or also lambda, the spread
+that keys have and queries have not."""
 
 
 class KVErrors(Frozen):
@@ -110,7 +111,7 @@ class KVSummary(Frozen):
         fingerprint: SHA-256 of the calibration samples' token ids.
         key_group: dimensions that shared a scale where errors were measured.
         value_group: likewise.
-        bound: a layer whose calibrated softmax error is beyond it keeps 16 bits.
+        bound: a layer whose calibrated output error is beyond it keeps 16 bits.
         layers: in the order they run.
     """
 

@@ -65,7 +65,7 @@ def calibration() -> KVCalibration:
         fingerprint="0" * 64,
         key_group=32,
         value_group=64,
-        bound=0.15,
+        bound=0.25,
         layers=tuple(found.record for found in layers.values()),
     )
     return KVCalibration(summary, layers)

@@ -1,9 +1,11 @@
-"""What calibration keeps of a layer's keys and values, and what it makes of that.
+"""What calibration keeps of a layer's queries, keys and values, and what it makes of that.
 
-    mu = mean k        lambda = sqrt(RMS(k - mu)) / its geometric mean over the head
+    mu = mean k        lambda = sqrt(RMS(k - mu) / RMS(q)) / its geometric mean over the head
 
-per KV head and channel. A square root shares the spread of keys between them and the queries; with
-the whole of it, queries were spread as badly as keys had been.
+per KV head and channel, RMS(q) over the query heads that read the KV head. The rotation spreads the
+rounding error of (k - mu) / lambda evenly over its channels, so the mean square of what reaches a
+logit grows with sum (k / lambda)^2 * sum (lambda q)^2. By Cauchy and Schwarz that is at least
+(sum |k| |q|)^2, and is it where lambda^2 = |k| / |q|.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from vllm_quantkit.kv_calibration import KeyChoice
 from vllm_quantkit.quantize.kv_cache.formats import LARGEST_E4M3
 
 QUIETEST = 1e-3
-"""Of a head's RMS: a channel that moves less counts as moving so much, so lambda spans 32 at most
-below the head's, and a dead channel does not become infinite."""
+"""Of a head's RMS, of keys and of queries: a channel that moves less counts as moving so much, so
+each moves lambda by a factor of 32 at most below the head's own, and a dead channel does not make
+it 0 or infinite."""
 
 QUANTILE = 0.95
 """Of the channels' disagreements: the few that hardly move always differ."""
@@ -38,7 +41,9 @@ BOTH = [0, 1]
 
 
 class KeyMoments:
-    """Sums over the a layer's keys and values, in float64, by halves of the set and of positions.
+    """Sums over a layer's queries, keys and values, in float64, by halves of the set.
+
+    Those of keys are also by halves of positions.
 
     Args:
         kv_heads: of keys.
@@ -51,6 +56,7 @@ class KeyMoments:
         shape = (2, 2, kv_heads, head_size)
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self._squares = torch.zeros_like(self._sums)
+        self._queries = torch.zeros_like(self._sums[:, 0])  # squares, mean over a KV head's queries
         self._largest = torch.zeros(2, dtype=torch.float64, device=device)  # of keys, of values
 
     @property
@@ -63,10 +69,13 @@ class KeyMoments:
         """Of a key."""
         return self._sums.shape[3]
 
-    def add(self, key: Tensor, value: Tensor, half: int) -> None:
-        """Adds keys and values, float [B, kv_heads, T, D], of tokens that are no padding.
+    def add(self, query: Tensor, key: Tensor, value: Tensor, half: int) -> None:
+        """Adds what attention gets, of tokens that are no padding.
 
         Args:
+            query: float [B, heads, T, D], after RoPE; heads is a multiple of kv_heads.
+            key: float [B, kv_heads, T, D], after RoPE.
+            value: float [B, kv_heads, T, D].
             half: of the calibration set.
         """
         middle = key.shape[2] // 2
@@ -75,19 +84,23 @@ class KeyMoments:
             self._counts[half, part] += rows.shape[0] * rows.shape[2]
             self._sums[half, part] += exact.sum((0, 2))
             self._squares[half, part] += exact.square().sum((0, 2))
+        squares = query.double().square().sum((0, 2))
+        self._queries[half] += squares.unflatten(0, (self.kv_heads, -1)).mean(1)
         here = torch.stack([key.abs().amax().double(), value.abs().amax().double()])
         self._largest = torch.maximum(self._largest, here)
 
     def check(self, layer: str) -> None:
-        """Refuses sums of keys or values that were not finite.
+        """Refuses sums of queries, keys or values that were not finite.
 
         Raises:
             QuantkitError: names the layer.
         """
-        if not bool(torch.isfinite(self._sums).all() and torch.isfinite(self._largest).all()):
+        sums = (self._sums, self._queries, self._largest)
+        if not all(bool(torch.isfinite(sum_).all()) for sum_ in sums):
             raise QuantkitError(
-                f"{layer}: keys or values are not finite on calibration text. Calibrate in float32 "
-                "(--precision float32); where that does not help, the model's weights are damaged."
+                f"{layer}: queries, keys or values are not finite on calibration text. Calibrate "
+                "in float32 (--precision float32); where that does not help, the model's weights "
+                "are damaged."
             )
 
     def mean(self, halves: list[int] = BOTH, parts: list[int] = BOTH) -> Tensor:
@@ -100,9 +113,11 @@ class KeyMoments:
         It is 1 for a head whose keys are all alike.
         """
         power = self._squares[halves].sum((0, 1)) / self._count(halves, BOTH)
-        rms = (power - self.mean(halves).square()).clamp_min(0).sqrt()
-        head = rms.square().mean(-1, keepdim=True).sqrt()
-        return torch.where(head > 0, rms.maximum(QUIETEST * head), torch.ones_like(rms))
+        return _bounded((power - self.mean(halves).square()).clamp_min(0).sqrt())
+
+    def query_size(self, halves: list[int] = BOTH) -> Tensor:
+        """RMS(q), float64 [kv_heads, head_size]; bounded like `spread`."""
+        return _bounded((self._queries[halves].sum(0) / self._count(halves, BOTH)).sqrt())
 
     def treatment(self, choice: KeyChoice, halves: list[int] = BOTH) -> KeyTreatment:
         """What is done to keys before they are rounded: mu and lambda, float32."""
@@ -141,11 +156,17 @@ class KeyMoments:
 
     def _scale(self, halves: list[int]) -> Tensor:
         """lambda, float64."""
-        logarithm = self.spread(halves).log() / 2
+        logarithm = (self.spread(halves) / self.query_size(halves)).log() / 2
         return (logarithm - logarithm.mean(-1, keepdim=True)).exp()
 
     def _count(self, halves: list[int], parts: list[int]) -> int:
         return max(1, int(self._counts[halves][:, parts].sum()))
+
+
+def _bounded(rms: Tensor) -> Tensor:
+    """Of channels [heads, D]: at least `QUIETEST` of their head's, and 1 in a head of zeros."""
+    head = rms.square().mean(-1, keepdim=True).sqrt()
+    return torch.where(head > 0, rms.maximum(QUIETEST * head), torch.ones_like(rms))
 
 
 def _quantile(values: Tensor) -> float:

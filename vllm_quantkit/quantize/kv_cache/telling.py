@@ -13,7 +13,7 @@ from vllm_quantkit.quantize.kv_cache.moments import UNSTABLE
 MOST_ROWS = 40
 """Of the table; of a model with more layers, the worst are shown."""
 
-HEADINGS: tuple[str, ...] = ("layer", "cache", "keys", "plain", "calibrated", "fp8", "output")
+HEADINGS: tuple[str, ...] = ("layer", "cache", "keys", "plain", "calibrated", "fp8", "softmax")
 
 WORDS = 3
 """Columns of the table that are no numbers."""
@@ -23,14 +23,14 @@ NAMED = 4
 
 
 def table_lines(calibration: KVCalibration) -> list[str]:
-    """A row for each layer, or the worst: softmax errors, and the output's."""
+    """A row for each layer, or the worst: output errors, and the softmax's."""
     rows = [HEADINGS]
     for record in _shown(calibration.summary.layers):
-        softmax = (record.uncalibrated, record.calibrated, record.fp8)
-        cells = (f"{errors.softmax:.4f}" for errors in softmax)
+        formats = (record.uncalibrated, record.calibrated, record.fp8)
+        cells = (f"{errors.output:.2%}" for errors in formats)
         cache = "4 bits" if record.dtype == "int4" else "16 bits"
-        output = f"{record.calibrated.output:.2%}"
-        rows.append((record.name, cache, record.treatment, *cells, output))
+        softmax = f"{record.calibrated.softmax:.4f}"
+        rows.append((record.name, cache, record.treatment, *cells, softmax))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [_row(row, widths) for row in rows]
 
@@ -60,16 +60,16 @@ def closing_lines(calibration: KVCalibration, model: str, source: Path, out: Pat
     summary = calibration.summary
     kept = [record.name for record in summary.layers if record.dtype == "auto"]
     lines = [
-        "plain, calibrated, fp8: how far the softmax is off (total variation) with a cache of 4 "
-        "bits, with one of 4 bits so calibrated, and with one of 8; output: how far the layer's "
-        f"output is off, calibrated. On {summary.held_out_tokens:,} held-out tokens."
+        "plain, calibrated, fp8: how far the layer's output is off with a cache of 4 bits, with "
+        "one of 4 bits so calibrated, and with one of 8; softmax: how far the softmax is off "
+        f"(total variation), calibrated. On {summary.held_out_tokens:,} held-out tokens."
     ]
     if len(summary.layers) > MOST_ROWS:
         lines.append(f"the worst {MOST_ROWS} of {len(summary.layers)} layers are shown.")
     if kept:
         lines.append(
             f"{len(kept)} of {len(summary.layers)} layers keep a cache of 16 bits, because their "
-            f"softmax error is beyond {summary.bound}: {_names(kept)}."
+            f"output error is beyond {summary.bound:.1%}: {_names(kept)}."
         )
     else:
         lines.append(f"all {len(summary.layers)} layers have a cache of 4 bits.")
@@ -112,12 +112,12 @@ def _row(cells: tuple[str, ...], widths: list[int]) -> str:
 def _shown(records: tuple[KVLayerRecord, ...]) -> list[KVLayerRecord]:
     if len(records) <= MOST_ROWS:
         return list(records)
-    worst = sorted(records, key=lambda record: -record.calibrated.softmax)[:MOST_ROWS]
+    worst = sorted(records, key=lambda record: -record.calibrated.output)[:MOST_ROWS]
     return [record for record in records if record in worst]
 
 
 def _needs_shift(record: KVLayerRecord, summary: KVSummary) -> bool:
-    return record.dtype == "int4" and record.uncalibrated.softmax > summary.bound
+    return record.dtype == "int4" and record.uncalibrated.output > summary.bound
 
 
 def _names(names: list[str]) -> str:
