@@ -190,7 +190,7 @@ def check_prefill(
 @pytest.mark.parametrize("raw", [True, False])
 @pytest.mark.parametrize(("size", "dtype"), [(64, torch.float32), (80, torch.float16)])
 def test_mixed_batches_are_prefilled(size: int, dtype: torch.dtype, raw: bool) -> None:
-    case = make(layout_of(size), [66, 70, 1], [66, 3, 1], 2, dtype=dtype, treated=True)
+    case = make(layout_of(size), [66, 70, 1], [20, 3, 1], 2, dtype=dtype, treated=True)
     limit = FP32_ERROR if dtype == torch.float32 else PREFILL_FP16_ERROR
     check_prefill(case, softmax_of(case), None, raw, limit)
 

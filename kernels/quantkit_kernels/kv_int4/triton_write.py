@@ -5,70 +5,9 @@
 import triton
 import triton.language as tl
 
-from quantkit_kernels.act_quant.triton_kernels import (
-    INFINITY_BITS,
-    MAGNITUDE_BITS,
-    clamp,
-    rint,
-)
 from quantkit_kernels.kv_int4.triton_codes import scale_of
+from quantkit_kernels.kv_int4.triton_quantise import quantise
 from quantkit_kernels.kv_int4.triton_rotate import load_head, turn
-
-SMALLEST_SCALE = tl.constexpr(2.0**-14)
-LARGEST_SCALE = tl.constexpr(65024.0)
-NAN_WORD = tl.constexpr(0x7E00)
-DROPPED = tl.constexpr((1 << 17) - 1)
-"""The bits of float32's mantissa that a scale does without."""
-
-
-@triton.jit
-def group_word(low, high, in_low, in_high):
-    """Scale (0 where there is none), zero-point and word [M] of the dimensions in a group."""
-    a = tl.where(in_low, low, 0.0)
-    b = tl.where(in_high, high, 0.0)
-    smallest = tl.minimum(tl.min(tl.minimum(a, b), axis=1), 0.0)
-    largest = tl.maximum(tl.max(tl.maximum(a, b), axis=1), 0.0)
-    # As integers, the bits of NaN are above infinity's, and those above any number's.
-    bits = tl.maximum(a.to(tl.int32, bitcast=True) & MAGNITUDE_BITS,
-                      b.to(tl.int32, bitcast=True) & MAGNITUDE_BITS)  # fmt: skip
-    scale = tl.maximum(tl.div_rn(largest - smallest, 15.0), SMALLEST_SCALE)
-    scale = ((scale.to(tl.int32, bitcast=True) + DROPPED) & ~DROPPED).to(tl.float32, bitcast=True)
-    good = (tl.max(bits, axis=1) < INFINITY_BITS) & (scale <= LARGEST_SCALE)
-    scale = tl.where(good, scale, 1.0)
-    zero = tl.where(good, clamp(rint(tl.div_rn(-smallest, scale)), 0.0, 15.0), 0.0)
-    word = scale.to(tl.float16).to(tl.int16, bitcast=True) | zero.to(tl.int16)
-    return tl.where(good, scale, 0.0), zero, tl.where(good, word, NAN_WORD).to(tl.int16)
-
-
-@triton.jit
-def to_codes(values, scale, zero):
-    """clamp(rint(values / scale) + zero, 0, 15), and 0 where the scale is 0."""
-    good = scale > 0.0
-    steps = rint(tl.div_rn(tl.where(good, values, 0.0), tl.where(good, scale, 1.0)))
-    return clamp(steps + zero, 0.0, 15.0).to(tl.uint8)
-
-
-@triton.jit
-def quantise(low, high, words, real, HALF: tl.constexpr, GROUP: tl.constexpr, BS: tl.constexpr):
-    """Bytes [M, HP] of two tiles [M, HP]; the words are stored.
-
-    words: addresses [M] of int16, a group's BS behind those of the group before.
-    """
-    i = tl.arange(0, triton.next_power_of_2(HALF))
-    low_scale = tl.zeros_like(low)
-    low_zero = tl.zeros_like(low)
-    high_scale = tl.zeros_like(low)
-    high_zero = tl.zeros_like(low)
-    for g in tl.static_range(2 * HALF // GROUP):
-        in_low = ((i // GROUP == g) & (i < HALF))[None, :]
-        in_high = (((i + HALF) // GROUP == g) & (i < HALF))[None, :]
-        scale, zero, word = group_word(low, high, in_low, in_high)
-        tl.store(words + g * BS, word, mask=real)
-        low_scale = tl.where(in_low, scale[:, None], low_scale)
-        low_zero = tl.where(in_low, zero[:, None], low_zero)
-        high_scale = tl.where(in_high, scale[:, None], high_scale)
-        high_zero = tl.where(in_high, zero[:, None], high_zero)
-    return to_codes(low, low_scale, low_zero) | (to_codes(high, high_scale, high_zero) << 4)
 
 
 @triton.jit
