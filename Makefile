@@ -12,7 +12,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadfile
 ENGINE_ENV = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo qlora test test-compat lint types unit bench-cpu bench-quantizers bench-serving env env-compat clean
+.PHONY: help demo qlora test test-compat lint types unit bench-cpu bench-kv bench-quantizers bench-serving env env-compat clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,12 @@ unit: env
 
 bench-cpu: env ## Time the CPU kernels against ATen, vLLM and bf16
 	$(PY) -m benchmarks.cpu_linear
+
+bench-kv: env ## The INT4 KV cache: decode and prefill times, errors beside vLLM's formats, engines
+	$(PY) -m benchmarks.kv_decode
+	$(PY) -m benchmarks.kv_peers
+	$(PY) -m benchmarks.kv_kernel_report
+	$(PY) -m benchmarks.kv_serving
 
 bench-quantizers: env ## Quality and time beside llm-compressor and GPTQModel (installs both, 3 GB)
 	$(PY) -m benchmarks.quantizers --models demo twin random

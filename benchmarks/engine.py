@@ -72,6 +72,16 @@ class Engine:
         """Tokens per second of one prompt of so many tokens, which no cache holds."""
         return float(self._ask(op="prefill", tokens=tokens)["tokens_per_second"])
 
+    def continuations(self, text: str, prompts: int, length: int, tokens: int) -> list[list[int]]:
+        """Greedy `tokens` behind each of `prompts` windows of `length` tokens of `text`."""
+        answer = self._ask(op="continue", text=text, prompts=prompts, length=length, tokens=tokens)
+        found: list[list[int]] = answer["tokens"]
+        return found
+
+    def cache_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return int(self._ask(op="cache")["tokens"])
+
     def __enter__(self) -> Engine:
         return self
 

@@ -21,7 +21,13 @@ def main() -> None:
     answers = claim_stdout()
     engine = start(json.loads(sys.argv[1]))
     send(answers, ready=True)
-    operations = {"perplexity": _perplexity, "decode": _decode, "prefill": _prefill}
+    operations = {
+        "perplexity": _perplexity,
+        "decode": _decode,
+        "prefill": _prefill,
+        "continue": _continue,
+        "cache": _cache,
+    }
     for line in sys.stdin:
         request = json.loads(line)
         send(answers, **operations[request.pop("op")](engine, **request))
@@ -144,6 +150,18 @@ def _prefill(engine: Any, tokens: int) -> dict[str, Any]:
     # The difference leaves request handling and the one decoded token out.
     short, full = seconds(PROMPT_TOKENS), seconds(tokens)
     return {"tokens_per_second": (tokens - PROMPT_TOKENS) / (full - short)}
+
+
+def _continue(engine: Any, text: str, prompts: int, length: int, tokens: int) -> dict[str, Any]:
+    ids = engine.get_tokenizer().encode(text, add_special_tokens=False)
+    stride = (len(ids) - length) // prompts
+    starts = range(0, prompts * stride, stride)
+    return {"tokens": generate(engine, [ids[i : i + length] for i in starts], tokens)}
+
+
+def _cache(engine: Any) -> dict[str, Any]:
+    config = engine.llm_engine.vllm_config.cache_config
+    return {"tokens": config.num_gpu_blocks * config.block_size}
 
 
 if __name__ == "__main__":
