@@ -11,6 +11,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from benchmarks.engine import Engine, EngineError, EngineSpec
 from examples.demo_models import DemoModels, prepare
@@ -22,8 +23,30 @@ MAX_MODEL_LEN = 512
 SCORED_TOKENS = 8192
 DECODED_TOKENS = 96
 ROUNDS = 3
-GPU_SHARE = 0.25
-"""Of the GPU's memory for each engine; three are alive at once so that timings interleave."""
+GPU_SHARE = 0.2
+"""Of the GPU's memory for each engine; four are alive at once so that timings interleave."""
+
+INT4_CACHE = {"quantkit": {"kv_cache": {"dtype": "int4", "prefill": "cached"}}}
+"""`cached`, so that the perplexity is that of keys and values of 4 bits; see the README."""
+
+
+class Way(NamedTuple):
+    """One way to serve the model: the folder, the flag, bytes of weights and further options."""
+
+    folder: str
+    method: str | None
+    weights: int
+    options: tuple[tuple[str, object], ...] = ()
+
+
+class Row(NamedTuple):
+    """What was measured of it."""
+
+    label: str
+    weights: int
+    cache_tokens: int
+    perplexity: float
+    speed: float
 
 
 def main() -> int:
@@ -56,29 +79,34 @@ def ask_server(models: DemoModels) -> None:
     say("The server has stopped.")
 
 
-def measure(models: DemoModels) -> list[tuple[str, int, float, float]]:
-    """Weight bytes, held-out perplexity and decode speed of each way to serve the model."""
+def measure(models: DemoModels) -> list[Row]:
+    """Size, held-out perplexity and decode speed of each way to serve the model."""
+    int4_cache = (("additional_config", INT4_CACHE),)
+    awq = models.quantized, "quantkit-awq", models.quantized_bytes
     ways = {
-        "16-bit": (models.original, None, models.original_bytes),
-        "vLLM's own AWQ": (models.quantized, "awq", models.quantized_bytes),
-        "quantkit-awq": (models.quantized, "quantkit-awq", models.quantized_bytes),
+        "16-bit": Way(models.original, None, models.original_bytes),
+        "vLLM's own AWQ": Way(models.quantized, "awq", models.quantized_bytes),
+        "quantkit-awq": Way(*awq),
+        "with an INT4 cache": Way(*awq, int4_cache),
     }
     text = HELD_OUT.read_text()
     with ExitStack() as stack:
         engines: dict[str, Engine] = {}
-        for i, (label, (folder, method, _)) in enumerate(ways.items(), start=1):
+        for i, (label, way) in enumerate(ways.items(), start=1):
             say(f"Measuring {i}/{len(ways)}: starting an engine for {label} ...")
-            spec = EngineSpec(folder, method, MAX_MODEL_LEN, gpu_options())
+            options = (*gpu_options(), *way.options)
+            spec = EngineSpec(way.folder, way.method, MAX_MODEL_LEN, options)
             engines[label] = stack.enter_context(Engine(spec, LOGS / f"engine-{i}.log"))
         perplexity = {label: e.perplexity(text, SCORED_TOKENS)[0] for label, e in engines.items()}
+        tokens = {label: e.cache_tokens() for label, e in engines.items()}
         say(f"Timing decode, {ROUNDS} interleaved rounds ...")
         rounds = [
             {label: e.decode_speed(1, DECODED_TOKENS) for label, e in engines.items()}
             for _ in range(ROUNDS)
         ]
     return [
-        (label, size, perplexity[label], median(r[label] for r in rounds))
-        for label, (_, _, size) in ways.items()
+        Row(label, way.weights, tokens[label], perplexity[label], median(r[label] for r in rounds))
+        for label, way in ways.items()
     ]
 
 
@@ -89,13 +117,18 @@ def gpu_options() -> tuple[tuple[str, object], ...]:
     return (("gpu_memory_utilization", GPU_SHARE),) if torch.cuda.is_available() else ()
 
 
-def print_table(rows: list[tuple[str, int, float, float]]) -> None:
+def print_table(rows: list[Row]) -> None:
     """The measured table, and what it does not show."""
-    print(f"\n  {'':<16}{'weights':>12}{'perplexity':>14}{'decode':>16}")
-    for label, size, perplexity, speed in rows:
-        print(f"  {label:<16}{size / 2**20:>8.1f} MiB{perplexity:>14.3f}{speed:>10.1f} tok/s")
+    base = rows[0].cache_tokens
+    print(f"\n  {'':<20}{'weights':>12}{'KV cache':>14}{'perplexity':>14}{'decode':>16}")
+    for row in rows:
+        size, tokens = row.weights / 2**20, row.cache_tokens / base
+        print(
+            f"  {row.label:<20}{size:>8.1f} MiB{tokens:>7.2f}x tokens"
+            f"{row.perplexity:>14.3f}{row.speed:>10.1f} tok/s"
+        )
     print(f"\n  Held-out text, {SCORED_TOKENS} tokens at most; greedy decode of one sequence.")
-    if rows[0][1] < 100 * 2**20:
+    if rows[0].weights < 100 * 2**20:
         print("  A model this small spends its time outside the weights: `make bench-serving`")
         print("  shows decode speed on 0.7 B parameters.")
 
@@ -109,6 +142,7 @@ NEXT_STEPS = """
   What to try next
     .venv/bin/vllm serve {quantized} --quantization quantkit-awq     serve it yourself
     make demo MODEL=Qwen/Qwen3-0.6B                                  the same with a hub model
+    .venv/bin/python -m examples.int4_kv --out .cache/int4-kv        4-bit weights and cache
     make bench-cpu                                                   kernels against ATen and vLLM
     make test                                                        everything that must hold
 """
