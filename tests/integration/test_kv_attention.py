@@ -17,11 +17,11 @@ from vllm_quantkit.integration.kv_backend import (
     SHIFT,
     Groups,
     LayerAttention,
-    backend_class,
 )
 from vllm_quantkit.integration.kv_cpu import Int4CPUImpl, Int4CPUMetadata
 from vllm_quantkit.integration.kv_cuda import Int4CUDABuilder, Int4CUDAImpl
-from vllm_quantkit.integration.kv_prompts import Scratch
+from vllm_quantkit.integration.kv_devices import backend_class
+from vllm_quantkit.integration.kv_prompts import PromptStep, Scratch
 
 BLOCK, BLOCKS = 32, 64
 
@@ -111,7 +111,7 @@ class Run:
             len(self.query),
             self.batch.query_start.tolist(),
             self.batch.seq_lens.tolist(),
-            Scratch(),
+            PromptStep(self.batch.block_table, Scratch()),
         )
         rows = self.query, self.key, self.value
         cls(self.attention).forward(layer, *rows, self.cache, metadata, out)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType, MultipleOf
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
 
 from quantkit_kernels.kv_int4 import CacheLayout, KeyTreatment, Softmax, head_rotation, write
 from vllm_quantkit.integration import compat
@@ -66,7 +65,7 @@ class LayerAttention:
 
 
 class Int4Backend(AttentionBackend):  # type: ignore[misc]
-    """A cache of `token_bytes` bytes a token and head. Made for a device and groups below."""
+    """A cache of `token_bytes` bytes a token and head; `kv_devices` makes one for each device."""
 
     groups: ClassVar[Groups]
     forward_includes_kv_cache_update = False
@@ -213,34 +212,3 @@ class Int4Impl(AttentionImpl):  # type: ignore[misc]
 def treatment(layer: nn.Module) -> KeyTreatment:
     """What is done to a layer's keys before they are quantised."""
     return KeyTreatment(getattr(layer, SHIFT, None), getattr(layer, SCALE, None))
-
-
-@cache
-def backend_class(device_type: str, groups: Groups) -> type[Int4Backend]:
-    """The backend of a kind of device; one class for each cache format, as vLLM groups layers."""
-    parts = _cpu_parts if device_type == "cpu" else _cuda_parts
-    implementation, builder, blocks = parts()
-
-    def kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return blocks
-
-    members = {
-        "__module__": __name__,
-        "groups": groups,
-        "get_impl_cls": staticmethod(lambda: implementation),
-        "get_builder_cls": staticmethod(lambda: builder),
-        "get_supported_kernel_block_sizes": staticmethod(kernel_block_sizes),
-    }
-    return type(f"Int4Backend{device_type}K{groups.key}V{groups.value}", (Int4Backend,), members)
-
-
-def _cpu_parts() -> tuple[type[Int4Impl], type, list[Any]]:
-    from vllm_quantkit.integration.kv_cpu import Int4CPUBuilder, Int4CPUImpl
-
-    return Int4CPUImpl, Int4CPUBuilder, [MultipleOf(CPU_BLOCK)]
-
-
-def _cuda_parts() -> tuple[type[Int4Impl], type, list[Any]]:
-    from vllm_quantkit.integration.kv_cuda import Int4CUDABuilder, Int4CUDAImpl
-
-    return Int4CUDAImpl, Int4CUDABuilder, list(GPU_BLOCKS)

@@ -23,9 +23,9 @@ from vllm_quantkit.integration.kv_backend import (
     Int4Backend,
     Int4Impl,
     LayerAttention,
-    backend_class,
     treatment,
 )
+from vllm_quantkit.integration.kv_devices import backend_class
 from vllm_quantkit.integration.kv_fp8 import FP8Scales
 from vllm_quantkit.integration.kv_refusals import (
     INT4,

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder
 
 from quantkit_kernels.kv_int4 import Batch, attend
 from vllm_quantkit.integration.kv_backend import Int4Impl, LayerAttention, treatment
-from vllm_quantkit.integration.kv_prompts import Scratch, attend_pass
+from vllm_quantkit.integration.kv_prompts import PromptStep, Scratch, attend_pass
 from vllm_quantkit.integration.kv_refusals import check_causal
 from vllm_quantkit.integration.kv_steps import (
     FEW_QUERIES,
@@ -51,16 +51,14 @@ class Int4CPUMetadata:
         batch: requests and their blocks.
         tokens: rows that are no padding.
         query_start, seq_lens: those of the batch, as numbers.
-        scratch: 16-bit copies of keys and values, one prompt at a time; the builder's.
-        schedules: vLLM's work lists by pass and shape: layers alike share them.
+        prompts: what those that need 16-bit copies share.
     """
 
     batch: Batch
     tokens: int
     query_start: list[int]
     seq_lens: list[int]
-    scratch: Scratch
-    schedules: dict[Any, Tensor] = field(default_factory=dict)
+    prompts: PromptStep
     _steps: dict[tuple[int, int], Step] = field(default_factory=dict)
     _reads: dict[tuple[tuple[int, ...], int], list[Read]] = field(default_factory=dict)
 
@@ -70,7 +68,7 @@ class Int4CPUMetadata:
         if attention.cached:
             requests = [i for i, stop in enumerate(self.seq_lens) if stop]
             return Step(tuple(requests), ())
-        capacity = self.scratch.tokens(attention, dtype)
+        capacity = self.prompts.scratch.tokens(attention, dtype)
         known, name = self._steps, (window, capacity)
         if name not in known:
             known[name] = plan(self.query_start, self.seq_lens, window=window, capacity=capacity)
@@ -138,7 +136,8 @@ class Int4CPUBuilder(AttentionMetadataBuilder[Int4CPUMetadata]):  # type: ignore
             max_seq_len=max(common.max_seq_len, *seq_lens),
         )
         rows = common.num_actual_tokens
-        return Int4CPUMetadata(batch, rows, query_start, seq_lens, self._scratch)
+        prompts = PromptStep(batch.block_table, self._scratch)
+        return Int4CPUMetadata(batch, rows, query_start, seq_lens, prompts)
 
 
 class Int4CPUImpl(Int4Impl):
@@ -163,7 +162,7 @@ class Int4CPUImpl(Int4Impl):
         for read in metadata.reads(step.few, self.attention):
             self._read(layer, query, kv_cache, read, output)
         for one in step.passes:
-            attend_pass(self, layer, (query, key, value), kv_cache, metadata, one, output)
+            attend_pass(self, layer, (query, key, value), kv_cache, metadata.prompts, one, output)
 
     def _read(
         self, layer: nn.Module, query: Tensor, kv_cache: Tensor, read: Read, output: Tensor

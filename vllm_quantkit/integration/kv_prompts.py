@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,6 @@ from quantkit_kernels.kv_int4.layout import DIMENSIONS
 from vllm_quantkit.integration import compat
 from vllm_quantkit.integration.kv_backend import Int4Impl, LayerAttention, treatment
 from vllm_quantkit.integration.kv_steps import Pass
-
-if TYPE_CHECKING:
-    from vllm_quantkit.integration.kv_cpu import Int4CPUMetadata
 
 SCRATCH_BYTES = 64 << 20
 """What the copies take at most, unless one KV head of one request takes more."""
@@ -65,12 +63,27 @@ class Scratch:
         return keys, values
 
 
+@dataclass
+class PromptStep:
+    """What a step's layers share.
+
+    Attributes:
+        block_table: int32 [requests, blocks], where requests' tokens lie in the cache.
+        scratch: for the copies.
+        schedules: vLLM's work lists by pass and shape: layers alike share them.
+    """
+
+    block_table: Tensor
+    scratch: Scratch
+    schedules: dict[Any, Tensor] = field(default_factory=dict)
+
+
 def attend_pass(
     impl: Int4Impl,
     layer: nn.Module,
     rows: tuple[Tensor, Tensor, Tensor],
     kv_cache: Tensor,
-    metadata: Int4CPUMetadata,
+    shared: PromptStep,
     one: Pass,
     output: Tensor,
 ) -> None:
@@ -83,7 +96,7 @@ def attend_pass(
         layer: holds its keys' treatment.
         rows: the step's query [T, Hq, D], key and value [T, Hkv, D].
         kv_cache: of the layer.
-        metadata: of the step.
+        shared: of the step.
         one: the pass.
         output: [T, Hq, D], the pass's rows of it are written.
     """
@@ -91,12 +104,12 @@ def attend_pass(
     query, key, value = (tensor[one.first : one.last] for tensor in rows)
     plain = one.fresh and attention.head_size % DIMENSIONS == 0
     size = attention.head_size if plain else _padded(attention)
-    step = metadata.scratch.heads(one, attention, size, query.dtype)
+    step = shared.scratch.heads(one, attention, size, query.dtype)
     group = attention.heads // attention.kv_heads
     for start in range(0, attention.kv_heads, step):
         heads = slice(start, min(start + step, attention.kv_heads))
         queries = slice(heads.start * group, heads.stop * group)
-        cut = _Cut(impl, layer, kv_cache[:, heads], heads, one, metadata)
+        cut = _Cut(impl, layer, kv_cache[:, heads], heads, one, shared)
         some = query[:, queries], key[:, heads], value[:, heads]
         sinks = None if attention.sinks is None else attention.sinks[queries]
         output[one.first : one.last, queries] = cut.attend(*some, size, sinks)
@@ -112,9 +125,9 @@ class _Cut:
         kv_cache: Tensor,
         heads: slice,
         one: Pass,
-        metadata: Int4CPUMetadata,
+        shared: PromptStep,
     ) -> None:
-        self._attention, self._one, self._metadata = impl.attention, one, metadata
+        self._attention, self._one, self._shared = impl.attention, one, shared
         self._cache, self._layout = kv_cache, impl.layout(kv_cache)
         whole = treatment(layer)
         self._treatment = KeyTreatment(*(None if t is None else t[heads] for t in whole))
@@ -124,7 +137,7 @@ class _Cut:
     ) -> Tensor:
         """[t, heads, D] of query [t, heads, D], key and value [t, kv heads, D]."""
         blocks = self._one.blocks(SCRATCH_BLOCK)
-        views = self._metadata.scratch.views(blocks, key.shape[1], size, query.dtype)
+        views = self._shared.scratch.views(blocks, key.shape[1], size, query.dtype)
         self._clear_ends(views)
         isa = _get_attn_isa(query.dtype, SCRATCH_BLOCK, size, "auto")
         if self._one.fresh:
@@ -171,7 +184,7 @@ class _Cut:
     def _gathered(self, request: int, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = stop - start, like.shape[1], self._layout.padded_size
         keys, values = (torch.empty(shape, dtype=like.dtype) for _ in range(2))
-        blocks = self._metadata.batch.block_table[request]
+        blocks = self._shared.block_table[request]
         gather(self._cache, blocks, start, stop, keys, values, self._layout)
         return keys, values
 
@@ -228,7 +241,7 @@ class _Cut:
         """vLLM's division of the work among threads."""
         window, shape = self._attention.softmax.window, (query.shape[1], *keys.shape[1::2])
         name = (self._one, *shape, window, query.dtype)
-        known = self._metadata.schedules
+        known = self._shared.schedules
         if name not in known:
             known[name] = ops.cpu_attn_get_scheduler_metadata(
                 num_reqs=len(where["seq_lens"]),
