@@ -127,8 +127,14 @@ def cache_tokens(engine: Any) -> list[int]:
     return [config.block_size, config.num_gpu_blocks]
 
 
+def cache_kernels(engine: Any) -> int:
+    """Kernels of INT4 caches that this process has compiled."""
+    return len(import_module("quantkit_kernels.kv_int4.cpu_workers")._workers)
+
+
 OPERATIONS = {
     "cache_tokens": cache_tokens,
+    "cache_kernels": cache_kernels,
     "score": score,
     "generate": generate,
     "reload": reload_weights,

@@ -79,21 +79,22 @@ def test_chunks_prefixes_and_batches_compute_what_rounded_keys_and_values_do(
     whole = prompts(1, 180, seed=4)[0]
     mixed = [first, whole, second]
     one_step = [*score_each(asked), {"op": "generate", "prompts": [prefix], "max_tokens": 1}]
-    asks = [*one_step, {"op": "generate", "prompts": mixed, "max_tokens": 12}]
+    kernels = {"op": "cache_kernels"}
+    asks = [*one_step, {"op": "generate", "prompts": mixed, "max_tokens": 12}, kernels]
 
     chunked = engines.run(llama, METHOD, score_each(asked), max_num_batched_tokens=CHUNK)
-    result = engines.run(llama, METHOD, asks, enable_prefix_caching=True)
+    result = engines.run(llama, METHOD, [kernels, *asks], enable_prefix_caching=True)
+    (compiled, *answers) = result.answers
 
     oracle = Oracle(llama)
     check_scores(chunked.answers, oracle, asked)
     whole_scores = [oracle.scores(prompt, [len(prompt)]) for prompt in asked]
     # In one step nothing is rounded: exact up to the order of sums.
-    assert mean_difference([a for (a,) in result.answers[:2]], whole_scores) <= 2e-4
-    for prompt, cut, made in zip(
-        mixed, ([128, 30], [180], [128, 30]), result.answers[-1], strict=True
-    ):
+    assert mean_difference([a for (a,) in answers[:2]], whole_scores) <= 2e-4
+    for prompt, cut, made in zip(mixed, ([128, 30], [180], [128, 30]), answers[-2], strict=True):
         assert len(made) == 12
         assert oracle.regret(prompt, cut, made) <= REGRET_TOLERANCE
+    assert compiled == answers[-1] > 0  # no request had to wait for a kernel
     (line,) = [entry for entry in result.log if "KV cache INT4" in entry]
     assert "in 2 layers, 280 bytes a token and layer instead of 2048" in line
     assert "not calibrated: `quantkit calibrate-kv MODEL" in line
