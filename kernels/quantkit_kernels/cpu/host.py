@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Set
+from functools import cache
 from typing import NamedTuple
 
 import llvmlite.binding as llvm
@@ -31,7 +33,7 @@ class Product(NamedTuple):
     weight_pieces: int = 1
 
 
-def arithmetic_for(product: Product, features: set[str]) -> Arithmetic:
+def arithmetic_for(product: Product, features: Set[str]) -> Arithmetic:
     """What to generate for a CPU with these features, by LLVM's names.
 
     With AVX-512, 12 rows of two vectors fill 24 of 32 registers. With AVX2 or NEON a vector takes
@@ -50,15 +52,16 @@ def arithmetic_for(product: Product, features: set[str]) -> Arithmetic:
     )
 
 
-def _unit(product: Product, features: set[str]) -> Unit:
+def _unit(product: Product, features: Set[str]) -> Unit:
     if product.row_code == "int8" and {"avx512vnni", "avx512bw"} <= features:
         return "vnni"
     return "bf16" if {"avx512bf16", "avx512bw"} <= features else "fma"
 
 
-def host_features() -> set[str]:
+@cache
+def host_features() -> frozenset[str]:
     """LLVM's names of what the CPU this process runs on can do."""
-    return {name for name, present in llvm.get_host_cpu_features().items() if present}
+    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
 
 
 class ArgumentBlock(ctypes.Structure):
