@@ -15,7 +15,8 @@ from quantkit_kernels.llm_int8 import triton as backend
 from quantkit_kernels.llm_int8.reference import ROWS, outlier_mask
 from quantkit_kernels.llm_int8.triton_kernels import flag_outliers, llm_int8_gemm, quantise_rest
 from quantkit_kernels.scaled_mm import triton as scaled_backend
-from quantkit_kernels.tuning import Device, ScaledTile, select_scaled_tile
+from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile, select_scaled_tile
+from quantkit_kernels.tuning import Device
 from quantkit_kernels.wna16 import QuantizedWeight
 from tests.kernels.aot import DEVICES, compile_kernel
 from tests.kernels.interpreted import (

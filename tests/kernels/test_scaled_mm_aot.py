@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from quantkit_kernels.scaled_mm.triton_kernels import scaled_gemm
-from quantkit_kernels.tuning import Device, ScaledTile, select_scaled_tile
+from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile, select_scaled_tile
+from quantkit_kernels.tuning import Device
 from tests.kernels.aot import DEVICES, Compiled, compile_kernel
 
 INTEGER = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}

@@ -14,7 +14,8 @@ from torch import Tensor
 from quantkit_kernels.act_quant.rows import PER_TENSOR, PER_TOKEN, RowQuantizer, Rows, join_rows
 from quantkit_kernels.scaled_mm import ScaledWeight, reference_scaled_linear
 from quantkit_kernels.scaled_mm import triton as backend
-from quantkit_kernels.tuning import Device, ScaledTile, select_scaled_tile
+from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile, select_scaled_tile
+from quantkit_kernels.tuning import Device
 from quantkit_kernels.wna16 import QuantizedWeight
 from tests.kernels.interpreted import (
     error,

@@ -9,9 +9,10 @@ from itertools import product
 import pytest
 
 from quantkit_kernels.triton_common import SUM_BLOCK, sum_splits
-from quantkit_kernels.tuning import Device, TileConfig, select_tile
+from quantkit_kernels.tuning import Device
 from quantkit_kernels.wna16 import triton_kernels
 from quantkit_kernels.wna16.triton import DENSE_WARPS
+from quantkit_kernels.wna16.triton_tiles import TileConfig, select_tile
 from quantkit_kernels.wna16.weights import CONTAINER_OF
 from tests.kernels.aot import DEVICES, Compiled, compile_kernel, instructions, longest_loop, opcode
 

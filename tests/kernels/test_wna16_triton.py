@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime.interpreter import TensorHandle
 
-from quantkit_kernels.tuning import Device, TileConfig, select_tile
+from quantkit_kernels.tuning import Device
 from quantkit_kernels.wna16 import QuantizedWeight, make_uniform, reference_linear
 from quantkit_kernels.wna16 import triton as backend
 from quantkit_kernels.wna16.cuda_layout import pack_codes, pack_scales, unpack_codes, unpack_scales
+from quantkit_kernels.wna16.triton_tiles import TileConfig, select_tile
 from quantkit_kernels.wna16.triton_unpack import (
     add_pair,
     make_pair,

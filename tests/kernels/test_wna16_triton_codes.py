@@ -12,7 +12,6 @@ from torch import Tensor
 from triton.runtime.interpreter import TensorHandle
 
 from quantkit_kernels.code_types import code_values
-from quantkit_kernels.tuning import TileConfig
 from quantkit_kernels.wna16 import QuantizedWeight, make_uniform, reference_linear
 from quantkit_kernels.wna16 import triton as backend
 from quantkit_kernels.wna16.triton_codes import (
@@ -22,6 +21,7 @@ from quantkit_kernels.wna16.triton_codes import (
     look_up_asm,
     unpack_float8,
 )
+from quantkit_kernels.wna16.triton_tiles import TileConfig
 from quantkit_kernels.wna16.weights import PackedWeight
 from tests.kernels.interpreted import (
     error,

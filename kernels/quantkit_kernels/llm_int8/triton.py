@@ -18,8 +18,9 @@ from quantkit_kernels.llm_int8.triton_kernels import (
     llm_int8_gemm,
     quantise_rest,
 )
+from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile, select_scaled_tile
 from quantkit_kernels.triton_common import add_splits, device_of
-from quantkit_kernels.tuning import TILE_K, ScaledTile, select_scaled_tile
+from quantkit_kernels.tuning import TILE_K
 
 FLAG_TOKENS, FLAG_COLUMNS = 64, 128
 """What one program of `flag_outliers` looks at."""

@@ -14,9 +14,10 @@ from torch import Tensor
 from quantkit_kernels.act_quant.rows import RowCode, RowQuantizer
 from quantkit_kernels.code_types import FLOAT8_DTYPES, CodeType
 from quantkit_kernels.scaled_mm.triton_kernels import scaled_gemm
+from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile, select_scaled_tile
 from quantkit_kernels.scaled_mm.weights import INT8_ZERO, ScaledWeight, group_size_of
 from quantkit_kernels.triton_common import add_splits, device_of
-from quantkit_kernels.tuning import TILE_K, ScaledTile, select_scaled_tile
+from quantkit_kernels.tuning import TILE_K
 from quantkit_kernels.wna16.cuda_layout import padded_columns, padded_rows
 from quantkit_kernels.wna16.weights import QuantizedWeight
 

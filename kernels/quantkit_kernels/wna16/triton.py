@@ -11,7 +11,6 @@ from torch import Tensor
 
 from quantkit_kernels.code_types import CODE_BOOKS, CodeType
 from quantkit_kernels.triton_common import add_splits, device_of
-from quantkit_kernels.tuning import TileConfig, select_tile
 from quantkit_kernels.wna16.cuda_layout import (
     TILE_K,
     TILE_N,
@@ -20,6 +19,7 @@ from quantkit_kernels.wna16.cuda_layout import (
     padded_columns,
 )
 from quantkit_kernels.wna16.triton_kernels import dequantise_rows, wna16_gemm
+from quantkit_kernels.wna16.triton_tiles import TileConfig, select_tile
 from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
 DENSE_TOKENS = 1024
