@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quantkit_kernels.tuning import Device
+from tests.kernels.sass import instructions, longest_loop, opcode
 
 DEVICES = (
     Device(capability=80, multiprocessors=108, shared_bytes=163 * 1024),
@@ -25,10 +26,6 @@ DEVICES = (
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]+);")
-_LABEL = re.compile(r"^(?P<label>\.L\w+):")
-_BRANCH = re.compile(r"\bBRA\b.*`\((?P<label>\.L\w+)\)")
-_PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 _USAGE = re.compile(r"REG:(?P<registers>\d+)\s+STACK:(?P<stack>\d+).*?LOCAL:(?P<local>\d+)")
 
 
@@ -99,33 +96,6 @@ def compile_kernel(
         local=int(usage["local"]),
         shared=built.metadata.shared,
     )
-
-
-def instructions(sass: str) -> list[str]:
-    """Instructions in order, without addresses, padding excluded."""
-    found = (_INSTRUCTION.match(line) for line in sass.splitlines())
-    return [match["text"].strip() for match in found if match and match["text"].strip() != "NOP"]
-
-
-def opcode(instruction: str) -> str:
-    """`@!P0 LDG.E.128 R4, [R2]` to `LDG`."""
-    return _PREDICATE.sub("", instruction).split()[0].split(".")[0]
-
-
-def longest_loop(sass: str) -> list[str]:
-    """Instructions between the target of a backward branch and the branch: the longest such run."""
-    labels: dict[str, int] = {}
-    seen: list[str] = []
-    longest: list[str] = []
-    for line in sass.splitlines():
-        if label := _LABEL.match(line):
-            labels[label["label"]] = len(seen)
-        elif texts := instructions(line):
-            seen.extend(texts)
-            target = _BRANCH.search(texts[0])
-            if target and target["label"] in labels:
-                longest = max(longest, seen[labels[target["label"]] :], key=len)
-    return longest
 
 
 def _tool(name: str, flag: str, cubin: bytes) -> str:

@@ -12,7 +12,8 @@ from quantkit_kernels.act_quant import RowQuantizer
 from quantkit_kernels.act_quant.source import Kind
 from quantkit_kernels.act_quant.triton import MAX_CHANNELS, shape_of, warps_of
 from quantkit_kernels.act_quant.triton_kernels import quantise_row
-from tests.kernels.aot import Compiled, compile_kernel, instructions
+from tests.kernels.aot import Compiled, compile_kernel
+from tests.kernels.sass import instructions
 
 INT8, E4M3 = RowQuantizer("int8"), RowQuantizer("e4m3")
 INT8_ZEROS, E4M3_GROUPS = RowQuantizer("int8", symmetric=False), RowQuantizer("e4m3", 128)

@@ -14,7 +14,7 @@ from quantkit_kernels.wna16 import triton_kernels
 from quantkit_kernels.wna16.triton import DENSE_WARPS
 from quantkit_kernels.wna16.triton_tiles import TileConfig, select_tile
 from quantkit_kernels.wna16.weights import CONTAINER_OF
-from tests.kernels.aot import DEVICES, Compiled, compile_kernel, instructions, longest_loop, opcode
+from tests.kernels.aot import DEVICES, Compiled, compile_kernel
 
 HOPPER = DEVICES[2]
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -212,28 +212,3 @@ def test_dequantisation_and_sums_compile(dtype: str, arch: int) -> None:
         warps=4,
     )
     assert rows.stack == sums.stack == 0
-
-
-SASS = """
-.text.kernel:
-        /*0000*/                   LDC R1, c[0x0][0x28] ;
-.L_x_1:
-        /*0010*/                   ISETP.GE.AND P0, PT, R2, R3, PT ;
-        /*0020*/               @P0 BRA `(.L_x_3) ;
-.L_x_2:
-        /*0030*/                   LDS.128 R4, [R2] ;
-        /*0040*/              @!P1 HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
-        /*0050*/                   NOP ;
-        /*0060*/              @UP0 UIADD3 UR4, UR4, 0x1, URZ ;
-        /*0070*/               @P2 BRA `(.L_x_2) ;
-        /*0080*/                   FADD R4, R4, R5 ;
-.L_x_3:
-        /*0090*/                   EXIT ;
-.L_x_4:
-        /*00a0*/                   BRA `(.L_x_4);
-"""
-
-
-def test_the_longest_loop_is_found() -> None:
-    assert [opcode(text) for text in longest_loop(SASS)] == ["LDS", "HGMMA", "UIADD3", "BRA"]
-    assert len(instructions(SASS)) == 10
