@@ -16,17 +16,19 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from benchmarks.kernel_report.kv_peers import kv_gates
+from benchmarks.kernel_report.library_peers import library_gates
 from benchmarks.kernel_report.linear_peers import linear_gates
 from benchmarks.kernel_report.quant_peers import quant_gates
 from benchmarks.kernel_report.sources import vllm_folder
 from tests.kernels.gates import RECORD, TRITON, Gate
 
 FAMILIES = ("wna16", "scaled_mm", "llm_int8", "act_quant", "kv_int4")
-PEERS = "peers"
+PEERS, LIBRARY = "peers", "library"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Row:
     """One compiled kernel.
 
     Attributes:
-        family: of `FAMILIES`, or `PEERS`.
+        family: of `FAMILIES`; or `PEERS`, or `LIBRARY`.
         name: the gate's.
         per_value: instructions per thread for each weight, channel or cached value; None where
             nothing is counted.
@@ -51,8 +53,11 @@ class Row:
     shared: int
 
 
-def gates_of(family: str) -> list[Gate]:
+def gates_of(family: str, library: Path | None) -> list[Gate]:
     """Every kernel of a family, or vLLM's."""
+    if family == LIBRARY:
+        assert library is not None
+        return list(library_gates(library))
     if family != PEERS:
         found: list[Gate] = import_module(f"tests.kernels.{family}_builds").gates()
         return found
@@ -60,9 +65,9 @@ def gates_of(family: str) -> list[Gate]:
     return [*linear_gates(folder), *quant_gates(folder), *kv_gates(folder)]
 
 
-def compile_family(family: str) -> list[Row]:
+def compile_family(family: str, library: Path | None = None) -> list[Row]:
     """What becomes of all its kernels."""
-    return [_row(family, gate) for gate in gates_of(family)]
+    return [_row(family, gate) for gate in gates_of(family, library)]
 
 
 def _row(family: str, gate: Gate) -> Row:
@@ -98,23 +103,32 @@ def merge(record: Path, families: Iterable[str], rows: Iterable[Row]) -> None:
 
 
 def _order(row: dict[str, object]) -> tuple[int, str]:
-    return [*FAMILIES, PEERS].index(str(row["family"])), str(row["name"])
+    return [*FAMILIES, PEERS, LIBRARY].index(str(row["family"])), str(row["name"])
 
 
-def _compile_all(families: list[str], workers: int) -> Iterator[Row]:
+def _compile_all(families: list[str], workers: int, library: Path | None) -> Iterator[Row]:
     with ProcessPoolExecutor(workers) as pool:
-        for rows in pool.map(compile_family, families):
+        for rows in pool.map(partial(compile_family, library=library), families):
             yield from rows
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    choices = [*FAMILIES, PEERS, LIBRARY]
+    parser.add_argument("--only", nargs="+", choices=choices, default=[*FAMILIES, PEERS])
+    parser.add_argument("--library", type=Path, help="vLLM's compiled CUDA kernels (_C*.so)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, default=RECORD)
+    args = parser.parse_args()
+    if (LIBRARY in args.only) != (args.library is not None):
+        parser.error("--only library and --library FILE go together")
+    return args
 
 
 def main() -> int:
     """Compile, print and write the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=[*FAMILIES, PEERS], default=[*FAMILIES, PEERS])
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, default=RECORD)
-    args = parser.parse_args()
-    rows = list(_compile_all(args.only, args.workers))
+    args = _parse_arguments()
+    rows = list(_compile_all(args.only, args.workers, args.library))
     print(f"Triton {TRITON}, vLLM's kernels for sm_90; compiled only\n\n{table(rows)}")
     merge(args.json, args.only, rows)
     return 0

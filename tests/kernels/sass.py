@@ -32,11 +32,11 @@ def width(instruction: str) -> int:
     return next((WIDTHS[name] for name in modifiers if name in WIDTHS), NARROWEST)
 
 
-def longest_loop(sass: str) -> list[str]:
-    """Instructions between the target of a backward branch and the branch: the longest such run."""
+def loops(sass: str) -> list[list[str]]:
+    """Instructions between the target of each backward branch and the branch, in order."""
     labels: dict[str, int] = {}
     seen: list[str] = []
-    longest: list[str] = []
+    found: list[list[str]] = []
     for line in sass.splitlines():
         if label := _LABEL.match(line):
             labels[label["label"]] = len(seen)
@@ -44,8 +44,13 @@ def longest_loop(sass: str) -> list[str]:
             seen.extend(texts)
             target = _BRANCH.search(texts[0])
             if target and target["label"] in labels:
-                longest = max(longest, seen[labels[target["label"]] :], key=len)
-    return longest
+                found.append(seen[labels[target["label"]] :])
+    return found
+
+
+def longest_loop(sass: str) -> list[str]:
+    """The loop of most instructions; none where the kernel has no loop."""
+    return max(loops(sass), key=len, default=[])
 
 
 def _mnemonic(instruction: str) -> str:

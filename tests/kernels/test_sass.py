@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernels.sass import instructions, longest_loop, opcode, width
+from tests.kernels.sass import instructions, longest_loop, loops, opcode, width
 
 SASS = """
 .text.kernel:
@@ -29,6 +29,10 @@ SASS = """
 def test_the_longest_loop_is_found() -> None:
     assert [opcode(text) for text in longest_loop(SASS)] == ["LDS", "HGMMA", "UIADD3", "BRA"]
     assert len(instructions(SASS)) == 10
+
+
+def test_loops_come_in_order() -> None:
+    assert [len(body) for body in loops(SASS)] == [4, 1]
 
 
 def test_a_kernel_without_a_loop_has_no_longest() -> None:
