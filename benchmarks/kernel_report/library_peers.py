@@ -27,9 +27,7 @@ CHANNELS = 16
 """Of an iteration of each loop over a row: four loads of four channels."""
 
 _FUNCTION = re.compile(r"^\.text\.(?P<name>\S+):\n(?P<sass>.*?)(?=^//-|\Z)", re.M | re.S)
-_USAGE = (
-    r"Function {name}:\s+REG:(?P<registers>\d+)\s+STACK:(?P<stack>\d+)\s+SHARED:(?P<shared>\d+)"
-)
+_USAGE = r"Function {}:\s+REG:(?P<registers>\d+)\s+STACK:(?P<stack>\d+)\s+SHARED:(?P<shared>\d+)"
 
 
 def library_gates(library: Path) -> Iterator[Gate]:
