@@ -21,7 +21,7 @@ pytestmark = MARKS
 
 N, K, GROUP = 384, 1024, 128
 TOKENS = {90: (1, 40, 200, 2048)}
-"""One of each size of tile, and of the route through cuBLAS; elsewhere the smallest and one large."""
+"""One of each size of tile, and of the route through cuBLAS; elsewhere the extremes."""
 
 Run = Callable[[Tensor], object]
 
