@@ -14,6 +14,7 @@ from quantkit_kernels.act_quant import (
     reference_rms_norm,
     reference_silu_mul,
     split_rows,
+    sum_codes,
 )
 from quantkit_kernels.act_quant.source import Kind, Source
 
@@ -31,6 +32,10 @@ DYNAMIC = (
     RowQuantizer("e4m3", PER_TENSOR),
     RowQuantizer("e4m3", upper_bound=1.5),
     RowQuantizer("int8", symmetric=False, upper_bound=1.5),
+    RowQuantizer("int8", sum_group=32),
+    RowQuantizer("int8", symmetric=False, sum_group=64),
+    RowQuantizer("int8", 32, sum_group=4096),
+    RowQuantizer("int8", PER_TENSOR, sum_group=16),
 )
 """Every kind of dynamic scale."""
 
@@ -38,6 +43,11 @@ STATIC = (
     (RowQuantizer("int8", PER_TENSOR), torch.tensor([0.03]), None),
     (RowQuantizer("int8", PER_TENSOR, symmetric=False), torch.tensor([0.02]), torch.tensor([-7.0])),
     (RowQuantizer("e4m3", PER_TENSOR), torch.tensor([0.004]), None),
+    (
+        RowQuantizer("int8", PER_TENSOR, symmetric=False, sum_group=128),
+        torch.tensor([0.02]),
+        torch.tensor([5.0]),
+    ),
 )
 """Quantizer, scale and zero-point of static rows; some values lie outside their range."""
 
@@ -54,7 +64,8 @@ def name(case: object) -> str:
     """A test id."""
     if isinstance(case, RowQuantizer):
         bound = f"-bound{case.upper_bound}" * (case.upper_bound < 1e9)
-        return f"{case.code}-{case.group_size}{'' if case.symmetric else '-asym'}{bound}"
+        sums = f"-sums{case.sum_group}" * (case.sum_group > 0)
+        return f"{case.code}-{case.group_size}{'' if case.symmetric else '-asym'}{bound}{sums}"
     return "static" if isinstance(case, Tensor) else str(case)
 
 
@@ -72,6 +83,16 @@ def random_source(kind: Kind, rows: int, width: int, dtype: torch.dtype, seed: i
         return Source(kind, x, width, weight, 1e-5)
     residual = torch.randn(rows, width + 5, generator=generator).to(dtype)[:, 2 : 2 + width]
     return Source(kind, x, width, weight, 1e-5, residual, torch.empty(rows, width, dtype=dtype))
+
+
+def row_of(source: Source, row: int) -> Source:
+    """One row by itself."""
+    only = slice(row, row + 1)
+    return source._replace(
+        x=source.x[only],
+        residual=None if source.residual is None else source.residual[only],
+        total=None if source.total is None else torch.empty_like(source.total[only]),
+    )
 
 
 def values_of(source: Source) -> Tensor:
@@ -113,4 +134,6 @@ def check_near(rows: Tensor, expected: Tensor, quantizer: RowQuantizer, width: i
     assert int((off > 0.5).sum()) <= CODES_OFF * off.numel()
     layout = quantizer.layout(width)
     assert not rows[:, width : layout.scales_at].any()
-    assert not rows[:, layout.zero_at + 4 :].any()
+    assert not rows[:, layout.end :].any()
+    if got.sums is not None:
+        assert torch.equal(got.sums, sum_codes(got.codes, quantizer.sum_group))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -59,8 +60,7 @@ def test_generic_backend_is_the_reference(
 
 def arguments(quantizer: RowQuantizer, *static: Tensor | None) -> tuple[object, ...]:
     scale, zero = static or (None, None)
-    fields = (quantizer.code, quantizer.group_size, quantizer.symmetric, quantizer.upper_bound)
-    return (scale, zero, *fields)
+    return (scale, zero, *astuple(quantizer))
 
 
 @pytest.mark.parametrize(("quantizer", "scale", "zero"), CASES, ids=name)
@@ -126,6 +126,24 @@ def test_written_out_rows() -> None:
     assert parts.codes[0].tolist() == [127, -2, 2, 0]
     parts = split_rows(quantize_rows(x * 448 / 127, E4M3), E4M3, 4)
     assert parts.codes[0].float().tolist() == [448.0, -5.5, 9.0, 0.0]
+
+
+def test_written_out_sums() -> None:
+    x = torch.tensor([[127.0, -1.0, 2.0, 0.0] * 6])
+    quantizer = RowQuantizer("int8", sum_group=16)
+    parts = split_rows(quantize_rows(x, quantizer), quantizer, 24)
+    assert parts.sums.tolist() == [[512, 256]]
+    whole = RowQuantizer("int8", symmetric=False, sum_group=24)
+    parts = split_rows(quantize_rows(x + 128, whole), whole, 24)
+    assert parts.zeros.tolist() == [-128.0]
+    assert parts.sums.tolist() == [[768]]
+
+
+def test_rows_with_sums_are_laid_out_after_those_without() -> None:
+    plain, summed = INT8.layout(100), RowQuantizer("int8", sum_group=32).layout(100)
+    assert (plain.scales_at, plain.zero_at, plain.stride) == (112, 116, 128)
+    assert (summed.scales_at, summed.zero_at, summed.sums_at) == (112, 116, 120)
+    assert (plain.sums, summed.sums, summed.stride) == (0, 4, 144)
 
 
 def test_static_values_outside_the_range_saturate() -> None:
@@ -212,6 +230,22 @@ ONE = torch.ones(1)
         (lambda: quantize_rows(X, RowQuantizer("int8", -2)), "group_size is -2"),
         (lambda: quantize_rows(X, RowQuantizer("int8", upper_bound=0.0)), "upper_bound is 0.0"),
         (lambda: quantize_rows(X, RowQuantizer("e4m3", symmetric=False)), "have no zero-point"),
+        (
+            lambda: quantize_rows(X, RowQuantizer("e4m3", sum_group=16)),
+            "E4M3 are not summed; use 0",
+        ),
+        (
+            lambda: quantize_rows(X, RowQuantizer("int8", sum_group=12)),
+            "sum_group is 12; use a mult",
+        ),
+        (
+            lambda: quantize_rows(X, RowQuantizer("int8", sum_group=-16)),
+            "sum_group is -16; use a m",
+        ),
+        (
+            lambda: silu_mul_quantize(X, RowQuantizer("int8", sum_group=8)),
+            "the 4 channels of a row",
+        ),
         (lambda: quantize_rows(X, INT8, ONE), "group_size is -1, but a static scale"),
         (lambda: quantize_rows(X, STATIC[0][0], W), r"zero-point has shape \(8,\); use \(1,\)"),
         (lambda: quantize_rows(X, INT8, None, ONE), "a zero-point is given without a scale"),

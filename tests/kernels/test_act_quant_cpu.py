@@ -30,6 +30,7 @@ from tests.kernels.act_quant_cases import (
     check,
     name,
     random_source,
+    row_of,
 )
 
 HASWELL = Processor("haswell", "")
@@ -85,6 +86,32 @@ def test_any_number_of_rows(kind: Kind, dtype: torch.dtype, rows: int) -> None:
 def test_without_avx512(kind: Kind, dtype: torch.dtype, quantizer: RowQuantizer) -> None:
     source = random_source(kind, 3, 100, dtype)
     check(cpu.quantise(source, quantizer, None, None), source, quantizer)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("width", [7, 100, 4100])
+def test_one_sum_of_a_row(width: int, symmetric: bool) -> None:
+    quantizer = RowQuantizer("int8", symmetric=symmetric, sum_group=width)
+    for kind in KINDS:
+        source = random_source(kind, 3, width, torch.bfloat16)
+        check(cpu.quantise(source, quantizer, None, None), source, quantizer)
+
+
+@pytest.mark.usefixtures("haswell")
+def test_sums_without_avx512() -> None:
+    quantizer = RowQuantizer("int8", symmetric=False, sum_group=48)
+    source = random_source("x", 3, 200, torch.bfloat16)
+    check(cpu.quantise(source, quantizer, None, None), source, quantizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_the_same_alone_and_again(kind: Kind) -> None:
+    source, quantizer = random_source(kind, 70, 1000, torch.bfloat16), RowQuantizer("int8")
+    rows = cpu.quantise(source, quantizer, None, None)
+    torch.set_num_threads(2)
+    assert torch.equal(cpu.quantise(source, quantizer, None, None), rows)
+    for i in (0, 1, 69):
+        assert torch.equal(cpu.quantise(row_of(source, i), quantizer, None, None)[0], rows[i])
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit_kernels.act_quant import (
@@ -17,7 +19,7 @@ from quantkit_kernels.act_quant import (
 )
 from quantkit_kernels.act_quant import triton as backend
 from quantkit_kernels.act_quant.source import Kind, Source
-from tests.kernels.act_quant_cases import CASES, KINDS, check, name, random_source
+from tests.kernels.act_quant_cases import CASES, KINDS, check, name, random_source, row_of
 from tests.kernels.interpreted import (
     in_interpreter,
     interpreter,
@@ -27,6 +29,10 @@ from tests.kernels.interpreted import (
 
 DTYPES = {"x": torch.bfloat16, "norm": torch.bfloat16, "silu_mul": torch.bfloat16}
 """Where x is only read. The interpreter does not round float32 to bfloat16 as GPUs do."""
+
+
+# Infinity and NaN are as on a GPU: of exponentials, and of rows that are zero or not finite.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +51,6 @@ def test_in_the_interpreter() -> None:
 
 @interpreter
 @in_interpreter
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # infinity, as on a GPU
 @pytest.mark.parametrize(("quantizer", "scale", "zero"), CASES, ids=name)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_the_references(
@@ -75,7 +80,6 @@ def test_every_16_bit_number(code: str, dtype: torch.dtype) -> None:
 
 @interpreter
 @in_interpreter
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NaN, as on a GPU
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_makes_its_scale_nan(poison: float) -> None:
     x = torch.randn(3, 256)
@@ -91,6 +95,65 @@ def test_what_is_not_finite_makes_its_scale_nan(poison: float) -> None:
 
 @interpreter
 @in_interpreter
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_sum_of_a_row(symmetric: bool) -> None:
+    for kind, width in (("x", 7), ("norm", 100), ("silu_mul", 1100)):
+        quantizer = RowQuantizer("int8", symmetric=symmetric, sum_group=width)
+        source = random_source(kind, 2, width, torch.float32)
+        check(backend.quantise(source, quantizer, None, None), source, quantizer)
+
+
+@interpreter
+@in_interpreter
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    st.sampled_from(KINDS),
+    st.integers(1, 2),
+    st.integers(1, 2600),
+    st.sampled_from(CASES),
+    st.sampled_from([torch.float16, torch.float32]),
+)
+def test_any_shape(
+    kind: Kind,
+    rows: int,
+    width: int,
+    case: tuple[RowQuantizer, Tensor | None, Tensor | None],
+    dtype: torch.dtype,
+) -> None:
+    source = random_source(kind, rows, width, dtype)
+    check(backend.quantise(source, *case), source, *case)
+
+
+@interpreter
+@in_interpreter
+@pytest.mark.parametrize(
+    "quantizer", [RowQuantizer("int8", sum_group=64), RowQuantizer("e4m3", 128)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_the_same_alone_and_again(kind: Kind, quantizer: RowQuantizer) -> None:
+    source = random_source(kind, 3, 700, torch.float16)
+    rows = backend.quantise(source, quantizer, None, None)
+    assert torch.equal(backend.quantise(source, quantizer, None, None), rows)
+    for i in range(3):
+        assert torch.equal(backend.quantise(row_of(source, i), quantizer, None, None)[0], rows[i])
+
+
+@interpreter
+@in_interpreter
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_zeros(kind: Kind) -> None:
+    source = random_source(kind, 2, 300, torch.float16)
+    for tensor in (source.x, source.residual):
+        if tensor is not None:
+            tensor[0] = 0
+    for quantizer in (RowQuantizer("int8", sum_group=32), RowQuantizer("e4m3", 128)):
+        rows = backend.quantise(source, quantizer, None, None)
+        check(rows, source, quantizer)
+        assert not split_rows(rows, quantizer, 300).codes[0].float().any()
+
+
+@interpreter
+@in_interpreter
 def test_no_rows() -> None:
     for kind in KINDS:
         source = random_source(kind, 0, 40, torch.float16)
@@ -100,20 +163,36 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "quantizer", "width", "served"),
+    ("quantizer", "width", "parts"),
     [
-        ("silu_mul", RowQuantizer("int8"), 28672, True),
-        ("silu_mul", RowQuantizer("int8"), 32769, False),
-        ("norm", RowQuantizer("e4m3", 128), 16384, True),
-        ("add_norm", RowQuantizer("int8"), 16385, False),
-        ("x", RowQuantizer("e4m3", 96), 1024, False),
-        ("x", RowQuantizer("e4m3", 8), 1024, False),
+        (RowQuantizer("int8"), 1, (0, 0, 1)),
+        (RowQuantizer("int8"), 2048, (0, 0, 2)),
+        (RowQuantizer("int8"), 4096, (0, 0, 4)),
+        (RowQuantizer("int8"), 5120, (0, 0, 4)),
+        (RowQuantizer("int8"), 8192, (0, 0, 8)),
+        (RowQuantizer("int8"), 16384, (0, 0, 16)),
+        (RowQuantizer("int8"), 28672, (0, 0, 16)),
+        (RowQuantizer("int8"), 32769, None),
+        (RowQuantizer("e4m3", 128), 16384, (128, 0, 16)),
+        (RowQuantizer("e4m3", 96), 1024, None),
+        (RowQuantizer("e4m3", 8), 1024, None),
+        (RowQuantizer("e4m3", 96), 96, (0, 0, 1)),
+        (RowQuantizer("e4m3", 2048), 4100, (2048, 0, 4)),
+        (RowQuantizer("e4m3", 4096), 5000, (4096, 0, 8)),
+        (RowQuantizer("e4m3", 16384), 32768, None),
+        (RowQuantizer("int8", sum_group=32), 4096, (0, 32, 4)),
+        (RowQuantizer("int8", sum_group=100), 100, (0, 100, 1)),
+        (RowQuantizer("int8", sum_group=112), 100, (0, 100, 1)),
+        (RowQuantizer("int8", sum_group=96), 4096, None),
+        (RowQuantizer("int8", sum_group=1024), 1500, (0, 1024, 2)),
+        (RowQuantizer("int8", 32, sum_group=4096), 4096, (32, 4096, 4)),
     ],
+    ids=name,
 )
-def test_what_the_kernel_serves(
-    kind: Kind, quantizer: RowQuantizer, width: int, served: bool
+def test_how_the_kernel_takes_rows_apart(
+    quantizer: RowQuantizer, width: int, parts: tuple[int, int, int] | None
 ) -> None:
-    assert backend.is_served(kind, quantizer, width) == served
+    assert backend.cut(quantizer, width) == parts
 
 
 def test_other_rows_go_another_way() -> None:

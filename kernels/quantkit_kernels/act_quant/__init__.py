@@ -21,6 +21,7 @@ from quantkit_kernels.act_quant.rows import (
     Rows,
     join_rows,
     split_rows,
+    sum_codes,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "rms_norm_quantize",
     "silu_mul_quantize",
     "split_rows",
+    "sum_codes",
 ]

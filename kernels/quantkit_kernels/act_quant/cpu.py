@@ -125,6 +125,8 @@ def _plan(
         group_vectors=quantizer.group_size // LANES if quantizer.group_size > 0 else vectors,
         out_row=layout.stride,
         scales_at=layout.scales_at,
+        sums=layout.sums,
+        sum_vectors=-(-quantizer.sum_group // LANES),
     )
     worker = host_worker(Variant(kind, *dtypes, quantizer.code, quantizer.symmetric))
     return _Plan(block, worker, threads, layout.stride)

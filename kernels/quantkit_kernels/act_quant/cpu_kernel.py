@@ -2,7 +2,7 @@
 
 A thread draws blocks of rows until none is left. It writes what is to be quantised (x, its norm, or
 silu(gate) * up) to a float32 row on its stack, which stays in the first-level cache, and reads it
-twice: for the range of each group, and for the codes.
+twice: for the range of each group, and for the codes. Sums read the codes again, a byte each.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ COUNTER = "next_task"
 FIELDS = (
     COUNTER, "tasks", "task_rows", "rows", "width", "x", "x_row", "residual", "residual_row",
     "total", "total_row", "weight", "epsilon", "scale", "zero", "bound", "groups", "group_vectors",
-    "out", "out_row", "scales_at",
+    "out", "out_row", "scales_at", "sums", "sum_vectors",
 )  # fmt: skip
 """The int64 argument block: addresses, strides in bytes, and counts.
 
 width: K. epsilon, bound: the bits of a float32. scale, zero: addresses of float32, null for dynamic
-ones. group_vectors: vectors of 16 in a group.
+ones. group_vectors, sum_vectors: vectors of 16 in a group of a scale, or of a sum.
 """
 
 INFINITY_BITS = 0x7F800000
@@ -104,6 +104,8 @@ class _Worker:
             zero = self._quantise_group(group.index, out, scales)
             group.next_values = [zero]
         self._finish(out, scales, group.values[0])
+        if self.variant.code == "int8":
+            self._sum(out, e.at(scales, (a["groups"], 4), (e.number(4), 1)))
 
     def _quantise_group(self, group: ir.Value, out: ir.Value, scales: ir.Value) -> ir.Value:
         """Write the codes and the scale of a group; returns the zero-point."""
@@ -185,6 +187,24 @@ class _Worker:
         zero = clamp(e, b.fsub(least, b.fmul(low, b.fdiv(ONE, scale))), least, most)
         return scale, b.fsub(b.fadd(zero, half), half)
 
+    def _sum(self, codes: ir.Value, sums: ir.Value) -> None:
+        """Write the sums of codes, which are followed by zeros up to a whole vector."""
+        e, a = self.e, self.a
+        nothing = ir.Constant(VECTOR_I32, None)
+        with e.loop(a["sums"]) as group:
+            first = e.b.mul(group.index, a["sum_vectors"])
+            count = e.minimum(a["sum_vectors"], e.b.sub(self.vectors, first))
+            start = e.at(codes, (first, LANES))
+
+            def body(vector: ir.Value, total: list[ir.Value]) -> list[ir.Value]:
+                loaded = e.load(VECTOR_I8, e.at(start, (vector, LANES)), align=1)
+                return [e.b.add(total[0], e.b.sext(loaded, VECTOR_I32))]
+
+            (total,) = unrolled(e, count, body, [nothing])
+            e.store(
+                e.call("llvm.vector.reduce.add.v16i32", I32, total), e.at(sums, (group.index, 4))
+            )
+
     def _given(self, name: str, otherwise: ir.Value) -> ir.Value:
         """The static float32 at the address of field `name`, where there is one."""
         e, address = self.e, self.a[name]
@@ -193,7 +213,7 @@ class _Worker:
         return e.b.select(is_null, otherwise, e.load(F32, readable))
 
     def _finish(self, out: ir.Value, scales: ir.Value, zero: ir.Value) -> None:
-        """Write the zero-point, and 0 in the padding after the codes and after the zero-point."""
+        """Write the zero-point, and 0 in the padding after the codes and up to the row's end."""
         e, a = self.e, self.a
         with e.loop(e.b.sub(a["scales_at"], a["width"])) as byte:
             e.store(ir.Constant(I8, 0), e.at(out, (a["width"], 1), (byte.index, 1)), align=1)

@@ -1,22 +1,24 @@
 """`quantkit::quantize_rows` and the norms and activation functions that quantise what they make.
 
-Schemas, fakes, argument checks and one implementation per device. Results are rows as `rows`
-describes them.
+Schemas, fakes and one implementation per device. Results are rows as `rows` describes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from quantkit_kernels.act_quant.rows import PER_TENSOR, PER_TOKEN, RowCode, RowQuantizer
+from quantkit_kernels.act_quant.checks import How, check_inputs, gated_width, parse
+from quantkit_kernels.act_quant.rows import RowQuantizer
 from quantkit_kernels.act_quant.source import Source
-from quantkit_kernels.devices import ACTIVATION_DTYPES, DISPATCH, backend, check_activations
+from quantkit_kernels.devices import ACTIVATION_DTYPES, DISPATCH, backend
 
-_HOW = "Tensor? scale, Tensor? zero, str code, int group_size, bool symmetric, float upper_bound"
+_HOW = (
+    "Tensor? scale, Tensor? zero, str code, int group_size, bool symmetric, float upper_bound, "
+    "int sum_group"
+)
 _NORM = "Tensor weight, float epsilon"
 SCHEMAS = {
     "quantize_rows": f"(Tensor x, {_HOW}) -> Tensor",
@@ -39,7 +41,7 @@ def quantize_rows(
     Args:
         x: float16, bfloat16 or float32 [..., K].
         quantizer: how; `group_size` is `PER_TENSOR` where `scale` is given.
-        scale: float32 [1], the static scale, positive and normal; None makes dynamic ones.
+        scale: float32 [1], the static scale, from 2**-126 to below 2**126; None makes dynamic ones.
         zero: float32 [1], the static zero-point, a whole number, where not symmetric.
 
     Returns:
@@ -63,7 +65,7 @@ def rms_norm_quantize(
     """Rows of y = x / sqrt(mean(x^2) + epsilon) * weight, in float32 until quantised.
 
     Args:
-        x: float16, bfloat16 or float32 [..., K].
+        x: float16, bfloat16 or float32 [..., K]; x * weight stays within float32.
         weight: [K], what y is multiplied by: Gemma's plus 1.
         epsilon: see above.
         quantizer, scale, zero: as for `quantize_rows`.
@@ -130,73 +132,15 @@ def silu_mul_quantize(
     return rows
 
 
-def _fields(quantizer: RowQuantizer) -> tuple[str, int, bool, float]:
+def _fields(quantizer: RowQuantizer) -> tuple[str, int, bool, float, int]:
     """What stands for a quantizer in a schema."""
-    return quantizer.code, quantizer.group_size, quantizer.symmetric, quantizer.upper_bound
-
-
-@lru_cache(maxsize=256)
-def _quantizer(
-    code: RowCode, group_size: int, symmetric: bool, upper_bound: float, static: bool, zero: bool
-) -> RowQuantizer:
-    """The inverse of `_fields`, checked together with the presence of a scale and a zero-point."""
-    if code not in ("int8", "e4m3"):
-        raise ValueError(f"rows of code {code!r} are not served; use 'int8' or 'e4m3'")
-    if group_size < PER_TOKEN:
-        raise ValueError(
-            f"group_size is {group_size}; use -1 (token), 0 (tensor) or a positive one"
-        )
-    if not upper_bound > 0:
-        raise ValueError(f"upper_bound is {upper_bound}; it must be positive, or infinity for none")
-    if code == "e4m3" and not symmetric:
-        raise ValueError("rows of E4M3 have no zero-point; use symmetric=True or code 'int8'")
-    if static and group_size != PER_TENSOR:
-        raise ValueError(f"group_size is {group_size}, but a static scale serves a tensor; use 0")
-    if static and zero == symmetric:
-        given = "is" if zero else "is not"
-        raise ValueError(
-            f"a static zero-point {given} given and symmetric is {symmetric}; give one exactly "
-            "where rows are not symmetric"
-        )
-    if zero and not static:
-        raise ValueError("a zero-point is given without a scale; give both or neither")
-    if not static and not symmetric and group_size != PER_TOKEN:
-        raise ValueError(
-            f"group_size is {group_size}, but dynamic zero-points are per token; use -1"
-        )
-    return RowQuantizer(code, group_size, symmetric, upper_bound)
-
-
-def _check_inputs(x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None) -> None:
-    check_activations(x.dtype)
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual is {residual.dtype} {tuple(residual.shape)}; x is {x.dtype} "
-            f"{tuple(x.shape)}, and both must agree"
-        )
-
-
-def _gated_width(x: Tensor) -> int:
-    """K of x [..., 2 K]."""
-    if x.shape[-1] % 2:
-        raise ValueError(f"x has {x.shape[-1]} channels; silu_mul takes 2 K, an even number")
-    return x.shape[-1] // 2
-
-
-How = tuple[Tensor | None, Tensor | None, RowCode, int, bool, float]
-"""scale, zero, code, group_size, symmetric, upper_bound: the arguments all four ops end with."""
-
-
-def _parse(how: How) -> RowQuantizer:
-    scale, zero, *fields = how
-    for given in (scale, zero):
-        if given is not None and given.shape != (1,):
-            raise ValueError(
-                f"a static scale or zero-point has shape {tuple(given.shape)}; use (1,)"
-            )
-    return _quantizer(*fields, scale is not None, zero is not None)
+    return (
+        quantizer.code,
+        quantizer.group_size,
+        quantizer.symmetric,
+        quantizer.upper_bound,
+        quantizer.sum_group,
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -218,21 +162,22 @@ def _implementations(device_type: str) -> dict[str, Callable[..., object]]:
     """Op to what runs on a kind of device."""
 
     def run(source: Source, x: Tensor, how: How) -> Tensor:
-        rows = backend("act_quant", device_type).quantise(source, _parse(how), how[0], how[1])
+        quantizer = parse(how, source.width)
+        rows = backend("act_quant", device_type).quantise(source, quantizer, how[0], how[1])
         return _shaped(rows, x)
 
     def quantize(x: Tensor, *how: *How) -> Tensor:
-        _check_inputs(x)
+        check_inputs(x)
         return run(Source("x", _rows(x), x.shape[-1]), x, how)
 
     def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *how: *How) -> Tensor:
-        _check_inputs(x, weight)
+        check_inputs(x, weight)
         return run(Source("norm", _rows(x), x.shape[-1], _plain(weight), epsilon), x, how)
 
     def add_rms_norm(
         x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, *how: *How
     ) -> tuple[Tensor, Tensor]:
-        _check_inputs(x, weight, residual)
+        check_inputs(x, weight, residual)
         flat = _rows(x)
         total = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
         norm = x.shape[-1], _plain(weight), epsilon
@@ -240,8 +185,8 @@ def _implementations(device_type: str) -> dict[str, Callable[..., object]]:
         return rows, _shaped(total, x)
 
     def silu_mul(x: Tensor, *how: *How) -> Tensor:
-        _check_inputs(x)
-        return run(Source("silu_mul", _rows(x), _gated_width(x)), x, how)
+        check_inputs(x)
+        return run(Source("silu_mul", _rows(x), gated_width(x)), x, how)
 
     functions = (quantize, rms_norm, add_rms_norm, silu_mul)
     return dict(zip(SCHEMAS, functions, strict=True))
@@ -253,19 +198,19 @@ for _device_type, _dispatch in DISPATCH.items():
 
 
 def _fake_rows(x: Tensor, in_features: int, how: How) -> Tensor:
-    stride = _parse(how).layout(in_features).stride
+    stride = parse(how, in_features).layout(in_features).stride
     return x.new_empty(*x.shape[:-1], stride, dtype=torch.uint8)
 
 
 @torch.library.register_fake("quantkit::quantize_rows")
 def _fake_quantize(x: Tensor, *how: *How) -> Tensor:
-    _check_inputs(x)
+    check_inputs(x)
     return _fake_rows(x, x.shape[-1], how)
 
 
 @torch.library.register_fake("quantkit::rms_norm_quantize")
 def _fake_rms_norm(x: Tensor, weight: Tensor, epsilon: float, *how: *How) -> Tensor:
-    _check_inputs(x, weight)
+    check_inputs(x, weight)
     return _fake_rows(x, x.shape[-1], how)
 
 
@@ -273,11 +218,11 @@ def _fake_rms_norm(x: Tensor, weight: Tensor, epsilon: float, *how: *How) -> Ten
 def _fake_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, *how: *How
 ) -> tuple[Tensor, Tensor]:
-    _check_inputs(x, weight, residual)
+    check_inputs(x, weight, residual)
     return _fake_rows(x, x.shape[-1], how), x.new_empty(x.shape)
 
 
 @torch.library.register_fake("quantkit::silu_mul_quantize")
 def _fake_silu_mul(x: Tensor, *how: *How) -> Tensor:
-    _check_inputs(x)
-    return _fake_rows(x, _gated_width(x), how)
+    check_inputs(x)
+    return _fake_rows(x, gated_width(x), how)

@@ -13,7 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit_kernels.act_quant.rows import LARGEST_CODE, PER_TENSOR, RowQuantizer, Rows
+from quantkit_kernels.act_quant.rows import (
+    LARGEST_CODE,
+    PER_TENSOR,
+    RowQuantizer,
+    Rows,
+    sum_codes,
+)
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 """The scale of a row of zeros: its reciprocal is finite."""
@@ -40,7 +46,9 @@ def reference_quantize(
         scales = _or_nan(scale.float().expand(groups.shape[:2]), groups)
         zeros = (torch.zeros_like(scale) if zero is None else zero).expand(len(values))
     codes = _codes(groups * scales.reciprocal()[..., None], zeros[:, None, None], quantizer)
-    return Rows(codes.flatten(1)[:, :width], scales, zeros.float(), size)
+    codes = codes.flatten(1)[:, :width]
+    sums = sum_codes(codes, quantizer.sum_group) if quantizer.sum_group else None
+    return Rows(codes, scales, zeros.float(), size, sums)
 
 
 def reference_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -1,6 +1,6 @@
 # ruff: noqa: ANN001, ANN201
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Triton kernel: one row of x, of its norm or of silu(gate) * up, quantised in registers."""
+"""Triton arithmetic of rows: scales, rounding, codes, and where the parts of a row go."""
 
 import triton
 import triton.language as tl
@@ -53,35 +53,6 @@ def to_e4m3(value, CONVERT: tl.constexpr):
 
 
 @triton.jit
-def row_values(
-    x,
-    residual,
-    weight_ptr,
-    total,
-    columns,
-    inside,
-    width,
-    epsilon,
-    KIND: tl.constexpr,
-):
-    """What is quantised, float32 [G, S]; x, residual and total are addresses of a row."""
-    values = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
-    if KIND == "silu_mul":
-        up = tl.load(x + width + columns, mask=inside, other=0.0).to(tl.float32)
-        values = values / (1.0 + tl.exp(-values)) * up
-    if KIND == "add_norm":
-        values += tl.load(residual + columns, mask=inside, other=0.0).to(tl.float32)
-        stored = values.to(total.dtype.element_ty)
-        tl.store(total + columns, stored, mask=inside)
-        values = stored.to(tl.float32)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.div_rn(tl.sum(tl.sum(values * values, axis=1), axis=0), width.to(tl.float32))
-        values = values * tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon)) * weight
-    return values
-
-
-@triton.jit
 def dynamic_scale(values, bits, bound, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr):
     """Scales [G] that cover the range of values [G, S], and zero-points [G].
 
@@ -122,68 +93,3 @@ def store_scales(words, scale, zero, groups, words_per_row, G: tl.constexpr):
     rest = tl.arange(0, 4)
     first = tl.sum(tl.where(index == 0, zero, 0.0), axis=0)
     tl.store(words + groups + rest, tl.where(rest == 0, first, 0.0), groups + rest < words_per_row)
-
-
-@triton.jit
-def quantise_row(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    total_ptr,
-    scale_ptr,
-    zero_ptr,
-    rows_ptr,
-    words_ptr,
-    width,
-    x_stride,
-    residual_stride,
-    row_stride,
-    groups,
-    epsilon,
-    bound,
-    KIND: tl.constexpr,
-    E4M3: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    CONVERT: tl.constexpr,
-    RAGGED: tl.constexpr,
-    G: tl.constexpr,
-    S: tl.constexpr,
-):
-    """Rows of x, of its norm, of the norm of x + residual, or of silu(gate) * up.
-
-    A program makes a row: G groups of S channels, which cover it, in registers.
-
-    Args:
-        x_ptr: [M, K], or [M, 2 K] for "silu_mul".
-        residual_ptr, total_ptr: [M, K] for "add_norm", or None.
-        weight_ptr: [K] for norms, or None.
-        scale_ptr, zero_ptr: float32 [1], or None where scales are made.
-        rows_ptr: uint8 [M, row_stride], written; words_ptr is the same memory as float32.
-        width: K.
-        groups: scales of a row, at most G.
-        RAGGED: K is no multiple of 16, so that codes are padded.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, G)[:, None] * S + tl.arange(0, S)[None, :]
-    inside = columns < width
-    residual = None if residual_ptr is None else residual_ptr + row * residual_stride
-    total = None if total_ptr is None else total_ptr + row * width
-    x = x_ptr + row * x_stride
-    values = row_values(x, residual, weight_ptr, total, columns, inside, width, epsilon, KIND)
-    # As integers, the bits of NaN are above infinity's, and those above any number's.
-    bits = tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE_BITS, axis=1)
-    if scale_ptr is None:
-        scale, zero = dynamic_scale(values, bits, bound, E4M3, SYMMETRIC)
-    else:
-        scale = tl.zeros((G,), tl.float32) + tl.load(scale_ptr)
-        zero = tl.zeros((G,), tl.float32)
-        if zero_ptr is not None:
-            zero += tl.load(zero_ptr)
-    scale = tl.where(bits < INFINITY_BITS, scale, float("nan"))
-    codes = to_codes(values * tl.div_rn(1.0, scale)[:, None], zero, E4M3, SYMMETRIC, CONVERT)
-    scales_at = tl.cdiv(width, 16) * 16
-    if RAGGED:
-        codes = tl.where(inside, codes, 0)
-    tl.store(rows_ptr + row * row_stride + columns, codes, mask=columns < scales_at)
-    words = words_ptr + row * (row_stride // 4) + scales_at // 4
-    store_scales(words, scale, zero, groups, (row_stride - scales_at) // 4, G)
