@@ -33,7 +33,8 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     expected = {
         str(file.relative_to(package.parent))
         for package in packages
-        for file in [*package.rglob("*.py"), *package.rglob("py.typed")]
+        for pattern in ("*.py", "py.typed", "tiles/*.json")
+        for file in package.rglob(pattern)
     }
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected

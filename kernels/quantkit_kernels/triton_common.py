@@ -14,17 +14,20 @@ from quantkit_kernels.tuning import Device
 SUM_BLOCK = 512
 """Output channels that one program of `sum_splits` adds up."""
 
-INTERPRETED = Device(capability=90, multiprocessors=132, shared_bytes=227 * 1024)
+INTERPRETED = Device(90, multiprocessors=132, shared_bytes=227 * 1024, name="Triton interpreter")
 """The device that tensors on the CPU stand for; only the interpreter sees them."""
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
-def sum_splits(partial_ptr, bias_ptr, out_ptr, M, N, splits, BLOCK: tl.constexpr):  # noqa: ANN201
-    """out[m, n] = sum_s partial[s, m, n] + bias[n], added in the order of s.
+def sum_splits(  # noqa: ANN201
+    partial_ptr, bias_ptr, residual_ptr, out_ptr, M, N, splits, BLOCK: tl.constexpr
+):
+    """out[m, n] = sum_s partial[s, m, n] + bias[n] + residual[m, n], added in the order of s.
 
     Args:
         partial_ptr: float32 [splits, M, N].
         bias_ptr: [N] or None.
+        residual_ptr: [M, N] or None.
         out_ptr: [M, N].
     """
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -35,20 +38,27 @@ def sum_splits(partial_ptr, bias_ptr, out_ptr, M, N, splits, BLOCK: tl.constexpr
         total += tl.load(partial_ptr + split * M * N + offsets, mask=inside, other=0.0)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        total += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def add_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """y = sum_s partial[s] + bias, in that order.
+def add_splits(
+    partial: Tensor, bias: Tensor | None, y: Tensor, residual: Tensor | None = None
+) -> None:
+    """y = sum_s partial[s] + bias + residual, in that order.
 
     Args:
         partial: float32 [splits, M, N].
         bias: [N] or None.
         y: [M, N], written.
+        residual: contiguous [M, N] or None.
     """
     splits, m, n = partial.shape
     grid = (triton.cdiv(n, SUM_BLOCK), m)
-    sum_splits[grid](partial, bias, y, m, n, splits, BLOCK=SUM_BLOCK, enable_fp_fusion=True)
+    sum_splits[grid](
+        partial, bias, residual, y, m, n, splits, BLOCK=SUM_BLOCK, enable_fp_fusion=True
+    )
 
 
 def device_of(x: Tensor) -> Device:
@@ -63,4 +73,5 @@ def _cuda_device(index: int) -> Device:
         capability=10 * properties.major + properties.minor,
         multiprocessors=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        name=properties.name,
     )

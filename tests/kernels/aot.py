@@ -17,10 +17,10 @@ from quantkit_kernels.tuning import Device
 from tests.kernels.sass import instructions, longest_loop, opcode
 
 DEVICES = (
-    Device(capability=80, multiprocessors=108, shared_bytes=163 * 1024),
-    Device(capability=89, multiprocessors=142, shared_bytes=99 * 1024),
-    Device(capability=90, multiprocessors=132, shared_bytes=227 * 1024),
-    Device(capability=100, multiprocessors=148, shared_bytes=227 * 1024),
+    Device(80, multiprocessors=108, shared_bytes=163 * 1024, name="NVIDIA A100-SXM4-80GB"),
+    Device(89, multiprocessors=142, shared_bytes=99 * 1024, name="NVIDIA L40S"),
+    Device(90, multiprocessors=132, shared_bytes=227 * 1024, name="NVIDIA H200"),
+    Device(100, multiprocessors=148, shared_bytes=227 * 1024, name="NVIDIA B200"),
 )
 """An A100, an L40S, an H200 and a B200."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit_kernels.act_quant.rows import RowCode, RowQuantizer, Rows, join_rows
+from quantkit_kernels.act_quant.rows import RowCode, RowQuantizer, Rows, join_rows, sum_codes
 from quantkit_kernels.code_types import CodeType, code_values
 from quantkit_kernels.scaled_mm import reference_scaled_linear
 from quantkit_kernels.wna16 import QuantizedWeight
@@ -66,7 +66,8 @@ def random_rows(count: int, in_features: int, quantizer: RowQuantizer, seed: int
     group_size = quantizer.group_size if quantizer.group_size > 0 else in_features
     scales = torch.rand(count, layout.groups, generator=generator) * 0.9 + 0.1
     zeros = torch.zeros(count) if quantizer.symmetric else zeros
-    return join_rows(Rows(codes, scales, zeros, group_size))
+    sums = sum_codes(codes.view(torch.int8), quantizer.sum_group) if layout.sums else None
+    return join_rows(Rows(codes, scales, zeros, group_size, sums))
 
 
 def relative_error(
@@ -75,8 +76,9 @@ def relative_error(
     weight: QuantizedWeight,
     quantizer: RowQuantizer,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> float:
     """Norm of y - reference over the norm of the reference."""
-    expected = reference_scaled_linear(rows, weight, quantizer, bias)
+    expected = reference_scaled_linear(rows, weight, quantizer, bias, residual)
     assert y.shape == expected.shape
     return float((y.float() - expected).norm() / expected.norm())

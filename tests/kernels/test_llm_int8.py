@@ -72,9 +72,10 @@ def test_op_matches_reference(width: int, outputs: int, dtype: torch.dtype) -> N
         x = activations(rows, width, dtype)
         for outliers in (None, torch.tensor([0]), torch.arange(0, width, 50)[:9]):
             given = None if outliers is None else outliers.int()
-            y = llm_int8_linear(x, packed, 6.0, given, bias)
+            residual = torch.randn(rows, outputs, dtype=dtype)
+            y = llm_int8_linear(x, packed, 6.0, given, bias, residual)
             assert y.dtype == dtype
-            expected = reference_llm_int8(x, weight, 6.0, given, bias)
+            expected = reference_llm_int8(x, weight, 6.0, given, bias, residual)
             assert error(y, expected) <= MAX_ERROR[dtype]
 
 
@@ -85,7 +86,7 @@ def test_generic_backend_matches_reference(factor: float, dtype: torch.dtype) ->
     packed = scaled_generic.pack(weight, RowQuantizer("int8"), dtype)
     x = activations(5, 200, dtype, factor)
     for outliers in (None, torch.tensor([3, 199], dtype=torch.int32)):
-        inputs = (x, packed.codes, packed.scales, packed.sums, outliers, bias, 6.0, 200, 33)
+        inputs = (x, packed.codes, packed.scales, packed.sums, outliers, bias, None, 6.0, 200, 33)
         expected = reference_llm_int8(x, weight, 6.0, outliers, bias)
         assert error(generic.linear(*inputs), expected) <= MAX_ERROR[dtype]
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of LLM.int8 without a GPU: interpreted, and compiled."""
+"""The CUDA kernels of LLM.int8 without a GPU: interpreted."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ from quantkit_kernels.act_quant.rows import join_rows
 from quantkit_kernels.llm_int8 import reference_llm_int8
 from quantkit_kernels.llm_int8 import triton as backend
 from quantkit_kernels.llm_int8.reference import ROWS, outlier_mask
-from quantkit_kernels.llm_int8.triton_kernels import flag_outliers, llm_int8_gemm, quantise_rest
 from quantkit_kernels.scaled_mm import triton as scaled_backend
-from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile, select_scaled_tile
-from quantkit_kernels.tuning import Device
+from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile
 from quantkit_kernels.wna16 import QuantizedWeight
-from tests.kernels.aot import DEVICES, compile_kernel
 from tests.kernels.interpreted import (
-    INTERPRETED,
     error,
     in_interpreter,
     interpreter,
@@ -62,18 +58,26 @@ def activations(m: int, k: int, dtype: torch.dtype, every: int = 50) -> Tensor:
     return x.to(dtype)
 
 
-def run(x: Tensor, weight: QuantizedWeight, outliers: Tensor | None, bias: Tensor | None) -> Tensor:
+def run(
+    x: Tensor,
+    weight: QuantizedWeight,
+    outliers: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+) -> Tensor:
     packed = scaled_backend.pack(weight, ROWS, x.dtype)
-    tensors = (packed.codes, packed.scales, packed.sums, outliers, bias)
+    tensors = (packed.codes, packed.scales, packed.sums, outliers, bias, residual)
     return backend.linear(x, *tensors, 6.0, packed.in_features, packed.out_features)
 
 
 def check(
     x: Tensor, weight: QuantizedWeight, outliers: Tensor | None = None, bias: Tensor | None = None
 ) -> None:
-    y = run(x, weight, outliers, bias)
+    residual = torch.randn(len(x), len(weight.codes), dtype=x.dtype)
+    y = run(x, weight, outliers, bias, residual)
     assert y.dtype == x.dtype
-    assert error(y, reference_llm_int8(x, weight, 6.0, outliers, bias)) <= ROUNDED[x.dtype]
+    expected = reference_llm_int8(x, weight, 6.0, outliers, bias, residual)
+    assert error(y, expected) <= ROUNDED[x.dtype]
 
 
 @interpreter
@@ -139,98 +143,22 @@ def test_a_token_that_is_no_number_stays_alone() -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("tile", [(16, 64, True), (128, 128, False)], ids=["swap", "plain"])
 def test_splits_agree(tile: tuple[int, int, bool], splits: int) -> None:
-    """With more than 64 outliers each of three splits adds a share of them."""
+    """With more than 32 outliers each of three splits adds a share of them."""
     x, weight = activations(5, 768, torch.float32, every=8), int8_weight(72, 768)
     packed, bias = scaled_backend.pack(weight, ROWS, x.dtype), torch.randn(72)
     parts = backend.split_input(x, backend.flag(x, 6.0, None))
     assert parts.count.item() > 64
+    residual = torch.randn(5, 72)
     cut = ScaledTile(tile[0], tile[1], 128, 4, 4, splits, tile[2])
     room = torch.empty(7, 72)
-    backend.run_tiled(parts, packed.codes, packed.scales, bias, room[1:-1], cut)
+    backend.run_tiled(parts, packed.codes, packed.scales, bias, residual, room[1:-1], cut)
     assert room[0].isnan().all()
     assert room[-1].isnan().all()
-    assert error(room[1:-1], reference_llm_int8(x, weight, 6.0, bias=bias)) <= FP32_ERROR
+    expected = reference_llm_int8(x, weight, 6.0, bias=bias, residual=residual)
+    assert error(room[1:-1], expected) <= FP32_ERROR
 
 
 @interpreter
 @in_interpreter
 def test_no_tokens() -> None:
     assert run(torch.empty(0, 128), int8_weight(64, 128), None, None).shape == (0, 64)
-
-
-@pytest.mark.aot
-@pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 turns the compiler off")
-@pytest.mark.parametrize(
-    ("device", "m"),
-    [*zip(DEVICES, (4096, 1, 1, 4096), strict=True), (DEVICES[2], 4096)],
-    ids=lambda value: f"sm{value.capability}" if isinstance(value, Device) else str(value),
-)
-def test_product_compiles_without_spills(device: Device, m: int) -> None:
-    tile = select_scaled_tile(m, 8192, 8192, 128, False, device)
-    element = "*fp16" if m == 1 else "*bf16"
-    types = {
-        "rows_ptr": "*i8",
-        "row_scales_ptr": "*fp32",
-        "x_ptr": element,
-        "codes_ptr": "*i8",
-        "w_scales_ptr": "*fp32",
-        "outliers_ptr": "*i32",
-        "count_ptr": "*i32",
-        "bias_ptr": element,
-        "out_ptr": element,
-        **dict.fromkeys(("N", "K", "row_stride", "w_stride"), "i32"),
-    }
-    compiled = compile_kernel(
-        llm_int8_gemm,
-        types=types | dict.fromkeys(("M", "k_steps", "split_steps"), "i32"),
-        constants={
-            "SCALES_AT": 2048,
-            "RAGGED": False,
-            "SWAP": tile.swap,
-            "BM": tile.block_m,
-            "BN": tile.block_n,
-            "BK": tile.block_k,
-            "STAGES": tile.stages,
-            "ASM": True,
-        },
-        aligned=tuple(types),
-        arch=device.capability,
-        warps=tile.warps,
-    )
-    assert compiled.stack == 0
-    assert compiled.local == 0
-    assert compiled.shared <= device.shared_bytes
-    integer = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}[device.capability]
-    half = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[device.capability]
-    assert compiled.opcodes[integer] > 0
-    assert compiled.opcodes[half] > 0
-
-
-@pytest.mark.aot
-@pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 turns the compiler off")
-def test_preparation_compiles_without_spills() -> None:
-    flags = compile_kernel(
-        flag_outliers,
-        types={"x_ptr": "*bf16", "flags_ptr": "*i32", "M": "i32", "K": "i32", "threshold": "fp32"},
-        constants={"BM": backend.FLAG_TOKENS, "BK": backend.FLAG_COLUMNS},
-        aligned=("x_ptr", "flags_ptr", "K"),
-        arch=90,
-        warps=4,
-    )
-    pointers = {
-        "x_ptr": "*bf16",
-        "flags_ptr": "*i32",
-        "rows_ptr": "*u8",
-        "words_ptr": "*fp32",
-        "outliers_ptr": "*i32",
-        "count_ptr": "*i32",
-    }
-    rows = compile_kernel(
-        quantise_rest,
-        types=pointers | {"K": "i32", "row_stride": "i32"},
-        constants={"BLOCK": backend.QUANTISE_BLOCK},
-        aligned=(*pointers, "K", "row_stride"),
-        arch=80,
-        warps=backend.QUANTISE_WARPS,
-    )
-    assert flags.stack == rows.stack == flags.local == rows.local == 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantkit_kernels.act_quant import quantize_rows, reference_quantize
 from quantkit_kernels.act_quant.rows import PER_TENSOR, RowQuantizer, join_rows, split_rows
 from quantkit_kernels.code_types import CodeType, code_values
 from quantkit_kernels.scaled_mm import (
@@ -54,8 +55,13 @@ def to_device(weight: QuantizedWeight, device: str) -> QuantizedWeight:
 
 
 def arguments(
-    rows: Tensor, weight: ScaledWeight, bias: Tensor | None, dtype: torch.dtype
+    rows: Tensor,
+    weight: ScaledWeight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> tuple[object, ...]:
+    """Of the op, in order."""
     return (
         rows,
         weight.codes,
@@ -69,6 +75,8 @@ def arguments(
         weight.in_features,
         weight.out_features,
         dtype,
+        residual,
+        weight.zeros,
     )
 
 
@@ -83,9 +91,10 @@ def test_opcheck(
     rows = random_rows(6, 96, quantizer)
     bias = torch.randn(48, dtype=dtype, device=device)
     for shaped in (rows, rows.unflatten(0, (2, 3)), rows[:0]):
+        residual = torch.randn(*shaped.shape[:-1], 48, dtype=dtype, device=device)
         torch.library.opcheck(
             torch.ops.quantkit.scaled_linear.default,
-            arguments(shaped.to(device), packed, bias, dtype),
+            arguments(shaped.to(device), packed, bias, dtype, residual),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
 
@@ -99,10 +108,33 @@ def test_op_matches_reference(
     weight = weight_for(code_type, quantizer, 96, 320)
     packed = pack_scaled(to_device(weight, device), quantizer, dtype)
     rows, bias = random_rows(14, 320, quantizer).unflatten(0, (2, 7)), torch.randn(96) * 100
-    y = scaled_linear(rows.to(device), packed, dtype, bias.to(device, dtype))
-    assert y.dtype == dtype
-    error = relative_error(y.cpu(), rows, weight, quantizer, bias.to(dtype))
-    assert error <= MAX_ERROR[dtype]
+    residual = torch.randn(2, 7, 96, dtype=dtype) * 100
+    for added in (None, residual):
+        given = None if added is None else added.to(device)
+        y = scaled_linear(rows.to(device), packed, dtype, bias.to(device, dtype), given)
+        assert y.dtype == dtype
+        error = relative_error(y.cpu(), rows, weight, quantizer, bias.to(dtype), added)
+        assert error <= MAX_ERROR[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("quantizer", [INT8, ASYMMETRIC], ids=["symmetric", "asymmetric"])
+def test_weights_with_zero_points(quantizer: RowQuantizer, device: str) -> None:
+    """Sums of products and of codes are large where their difference is small: it is exact."""
+    weight = random_scaled_weight(48, 320)
+    weight = replace(weight, codes=weight.codes | 0xF0, zeros=weight.codes[:, :1] | 0xF0)
+    packed = pack_scaled(to_device(weight, device), quantizer, torch.float32)
+    assert packed.quantizer == replace(quantizer, sum_group=320)
+    x = torch.randn(5, 320)
+    rows = join_rows(reference_quantize(x, packed.quantizer))
+    y = scaled_linear(rows.to(device), packed, torch.float32)
+    assert relative_error(y.cpu(), rows, weight, packed.quantizer) <= MAX_ERROR[torch.float32]
+    assert torch.equal(quantize_rows(x.to(device), packed.quantizer).cpu(), rows)
+    torch.library.opcheck(
+        torch.ops.quantkit.scaled_linear.default,
+        arguments(rows.to(device), packed, None, torch.float32),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,9 +144,21 @@ def test_generic_backend_matches_reference(
 ) -> None:
     weight = weight_for(code_type, quantizer, 33, 200)
     rows, bias = random_rows(5, 200, quantizer), torch.randn(33)
-    y = generic.linear(*arguments(rows, generic.pack(weight, quantizer, dtype), bias, dtype))
+    packed, residual = generic.pack(weight, quantizer, dtype), torch.randn(5, 33)
+    _, codes, scales, sums, _, *shape, _, zeros = arguments(rows, packed, bias, dtype)
+    y = generic.linear(rows, codes, scales, sums, zeros, bias, residual, *shape)
     assert y.dtype == dtype
-    assert relative_error(y, rows, weight, quantizer, bias) <= MAX_ERROR[dtype]
+    assert relative_error(y, rows, weight, quantizer, bias, residual) <= MAX_ERROR[dtype]
+
+
+def test_generic_backend_takes_zero_points_off_weights() -> None:
+    weight = random_scaled_weight(33, 200)
+    weight = replace(weight, zeros=torch.arange(33, dtype=torch.uint8)[:, None])
+    packed = generic.pack(weight, INT8, torch.float32)
+    rows = random_rows(5, 200, packed.quantizer)
+    _, codes, scales, sums, _, *shape, _, zeros = arguments(rows, packed, None, torch.float32)
+    y = generic.linear(rows, codes, scales, sums, zeros, None, None, *shape)
+    assert relative_error(y, rows, weight, packed.quantizer) <= MAX_ERROR[torch.float32]
 
 
 def test_op_compiles_without_graph_breaks() -> None:
@@ -156,7 +200,6 @@ BLOCK_WEIGHT = random_scaled_weight(32, 64, "e4m3", 32)
         (WEIGHT, E4M3, "weights of int with rows of e4m3 are not served; use int with int8"),
         (BLOCK_WEIGHT, INT8, "weights of e4m3 with rows of int8 are not served"),
         (replace(WEIGHT, bits=4), INT8, "weights of 4 bits are not served with 8-bit rows; use 8"),
-        (replace(WEIGHT, zeros=WEIGHT.zeros - 1), INT8, "zero-points other than 128"),
         (random_scaled_weight(32, 64, "int", 32), INT8, "2 scales per output channel"),
         (WEIGHT, RowQuantizer("int8", 32), "rows in groups of 32 .* weight in groups of 64"),
         (BLOCK_WEIGHT, RowQuantizer("e4m3", 16), "rows in groups of 16 .* in groups of 32"),
@@ -178,6 +221,9 @@ def test_pack_refuses_dtype_and_too_many_channels() -> None:
         pack_scaled(WEIGHT, INT8, torch.float64)
     with pytest.raises(ValueError, match="65537 input channels are more than the 65536 served"):
         pack_scaled(random_scaled_weight(1, 65537), INT8, torch.float32)
+    weight = random_scaled_weight(1, 32769)
+    with pytest.raises(ValueError, match="32769 input channels are more than the 32768 served"):
+        pack_scaled(replace(weight, zeros=weight.zeros - 1), ASYMMETRIC, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +239,13 @@ def test_refusals(rows: Tensor, bias: Tensor | None, dtype: torch.dtype, message
     packed = pack_scaled(WEIGHT, INT8, torch.float32)
     with pytest.raises(ValueError, match=message):
         scaled_linear(rows, packed, dtype, bias)
+
+
+def test_a_residual_of_another_shape_is_refused() -> None:
+    packed = pack_scaled(WEIGHT, INT8, torch.float32)
+    rows = torch.zeros(2, 80).byte()
+    with pytest.raises(ValueError, match=r"residual has shape \(1, 32\), expected \(2, 32\)"):
+        scaled_linear(rows, packed, torch.float32, residual=torch.zeros(1, 32))
 
 
 def test_nbytes_is_close_to_the_bits() -> None:

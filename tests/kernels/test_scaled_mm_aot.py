@@ -1,143 +1,77 @@
-"""The 8-bit kernel compiles for every GPU generation, without spills, for the tensor cores."""
+"""The kernels for 8-bit codes compile for every GPU generation, for the tensor cores, and fast."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-
 import pytest
+import torch
 
-from quantkit_kernels.scaled_mm.triton_kernels import scaled_gemm
-from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile, select_scaled_tile
+from quantkit_kernels.act_quant import RowQuantizer
+from quantkit_kernels.scaled_mm import pack_scaled, scaled_linear
 from quantkit_kernels.tuning import Device
-from tests.kernels.aot import DEVICES, Compiled, compile_kernel
-
-INTEGER = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}
-FLOAT8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
+from tests.kernels.aot import DEVICES
+from tests.kernels.gates import MARKS, Gate
+from tests.kernels.paper_gpu import paper_gpu
+from tests.kernels.sass import instructions, longest_loop
+from tests.kernels.scaled_mm_builds import Variant, build, cases, gates, per_weight
+from tests.kernels.scaled_mm_cases import random_scaled_weight
 
 SMALL_INSTRUCTIONS = 1.5
 """Per weight with up to 16 tokens. An H200 issues 7.8 in the time it takes to read 8 bits."""
 
-pytestmark = [
-    pytest.mark.aot,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") == "1",
-        reason="TRITON_INTERPRET=1 turns the compiler off; unset it to run these tests.",
-    ),
-]
+WIDEST = {"int8": "IGMMA.64x128x32", "e4m3": "QGMMA.64x256x32", "e5m2": "QGMMA.64x256x32"}
+"""Hopper's instruction in a wide persistent tile; Triton has none of 256 channels for integers."""
+
+pytestmark = MARKS
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One kernel that some GPU will run."""
-
-    device: Device
-    tile: ScaledTile
-    x: str
-    w: str
-    x_group: int = 0
-    w_group: int = 0
-    zeros: bool = False
-    ragged: bool = False
-    split: bool = False
-
-    def __str__(self) -> str:
-        groups = f"-g{self.x_group}x{self.w_group}" if self.w_group else ""
-        marks = "-zeros" * self.zeros + "-ragged" * self.ragged + "-split" * self.split
-        tile = f"{self.tile.block_m}x{self.tile.block_n}x{self.tile.block_k}"
-        return f"sm{self.device.capability}-{self.x}-{self.w}{groups}-{tile}{marks}"
+@pytest.mark.parametrize("gate", gates(), ids=str)
+def test_gate(gate: Gate) -> None:
+    gate.check()
 
 
-def variant(device: Device, m: int, codes: str, **options: object) -> Variant:
-    """The tile for m tokens of a large layer, with rows and weights of types such as `i8 i8`."""
-    x, w = codes.split()
-    groups = (options.get("x_group", 0), options.get("w_group", 0))
-    block_k = next(size for size in (128, 64, 32) if all(g % size == 0 for g in groups))
-    tile = select_scaled_tile(m, 8192, 8192, block_k, max(groups) > 0, device)
-    return Variant(device, tile, x, w, **options)
+@pytest.mark.parametrize("v", [v for v in cases() if v.device.capability == 100], ids=str)
+def test_blackwell_multiplies_in_tensor_cores(v: Variant) -> None:
+    assert build(v).opcodes[v.products] > 0
 
 
-def variants(device: Device) -> list[Variant]:
-    """The extremes everywhere, and every tile and option on Hopper."""
-    float8, mixed = "fp8e4nv fp8e4nv", "fp8e4nv fp8e5"
-    found = [
-        variant(device, 1, "i8 i8", zeros=True, split=True),
-        variant(device, 4096, "i8 i8", zeros=True),
-    ]
-    if device.capability >= 89:
-        found += [
-            variant(device, 1, mixed, ragged=True, split=True),
-            variant(device, 64, float8, x_group=128, w_group=128, split=True),
-            variant(device, 4096, float8, x_group=128, w_group=128),
-        ]
-    if device.capability == 90:
-        found += [
-            variant(device, 33, "i8 i8", ragged=True),
-            variant(device, 17, float8),
-            variant(device, 4096, float8),
-            variant(device, 1, float8, x_group=128, w_group=128),
-            variant(device, 4096, mixed, w_group=32, ragged=True),
-        ]
-    return found
+@pytest.mark.parametrize(
+    "v",
+    [v for v in cases() if v.device.capability == 90 and v.tile.block_m == 16],
+    ids=str,
+)
+def test_few_tokens_take_few_instructions(v: Variant) -> None:
+    assert per_weight(v, build(v)) <= SMALL_INSTRUCTIONS
 
 
-def build(v: Variant) -> Compiled:
-    """Compile `scaled_gemm` as `triton.run_tiled` launches it."""
-    absent = {"bias_ptr": None} if v.split else {}
-    absent |= {} if v.zeros else {"sums_ptr": None}
-    constants = absent | {
-        "X_GROUP": v.x_group,
-        "W_GROUP": v.w_group,
-        "SCALES_AT": 2048,
-        "RAGGED": v.ragged,
-        "SWAP": v.tile.swap,
-        "BM": v.tile.block_m,
-        "BN": v.tile.block_n,
-        "BK": v.tile.block_k,
-        "STAGES": v.tile.stages,
-        "ASM": True,
-    }
-    types = {
-        "x_ptr": f"*{v.x}",
-        "x_scales_ptr": "*fp32",
-        "codes_ptr": f"*{v.w}",
-        "w_scales_ptr": "*fp32",
-        "sums_ptr": "*i32",
-        "bias_ptr": "*bf16",
-        "out_ptr": "*fp32" if v.split else "*bf16",
-    }
-    return compile_kernel(
-        scaled_gemm,
-        types=types
-        | dict.fromkeys(("M", "N", "K", "x_stride", "w_stride", "k_steps", "split_steps"), "i32"),
-        constants=constants,
-        aligned=tuple(
-            name for name in (*types, "N", "K", "x_stride", "w_stride") if name not in constants
-        ),
-        arch=v.device.capability,
-        warps=v.tile.warps,
-    )
-
-
-@pytest.mark.parametrize("v", [v for device in DEVICES for v in variants(device)], ids=str)
-def test_compiles_without_spills(v: Variant) -> None:
+@pytest.mark.parametrize("v", [v for v in cases() if v.device.capability == 90], ids=str)
+def test_hopper_does_not_wait_for_every_product(v: Variant) -> None:
+    """ptxas serialises wgmma where it doubts their registers (C7510, C7515): two waits for each."""
     compiled = build(v)
-    assert compiled.stack == 0
-    assert compiled.local == 0
-    assert not {"LDL", "STL"} & set(compiled.opcodes)
-    assert compiled.shared <= v.device.shared_bytes
-    capability = v.device.capability
-    products = (INTEGER if v.x == "i8" else FLOAT8)[capability]
-    assert compiled.opcodes[products] > 0
-    if capability == 100:  # Its loop nests others, which `main_loop` does not tell apart.
-        return
-    loop = compiled.main_loop
-    assert loop[products] > 0
-    assert loop["LDGSTS"] > 0
-    assert loop["LDG"] == 0, "a load in the loop is not asynchronous"
-    assert loop["STS"] == 0, "codes pass through registers"
-    if capability == 90:
-        assert loop["WARPGROUP"] <= 2, "ptxas serialises wgmma (C7515)"
-        if v.tile.block_m == 16:
-            threads, weights = 32 * v.tile.warps, v.tile.block_n * v.tile.block_k
-            assert loop.total() * threads / weights <= SMALL_INSTRUCTIONS
+    products, waits = compiled.opcodes[v.products], compiled.opcodes["WARPGROUP"]
+    assert waits <= max(4, products), "wgmma are serialised"
+
+
+@pytest.mark.parametrize("v", [v for v in cases() if v.persistent], ids=str)
+def test_persistent_kernels_load_through_tma(v: Variant) -> None:
+    compiled = build(v)
+    loop = longest_loop(compiled.sass)
+    assert sum("UTMALDG" in text for text in loop) >= 2
+    assert compiled.opcodes["LDGSTS"] == 0 or v.groups[1] > 0, "codes take the long way"
+    if v.device.capability == 90 and v.tile.block_n == 256:
+        widest = WIDEST[str(v).split()[0]]
+        assert any(widest in text for text in instructions(compiled.sass))
+
+
+@pytest.mark.parametrize("device", DEVICES[2:], ids=lambda device: device.name)
+@pytest.mark.parametrize(("code_type", "code"), [("int", "int8"), ("e4m3", "e4m3")])
+def test_descriptors_of_any_number_of_tokens_share_a_kernel(
+    code_type: str, code: str, device: Device
+) -> None:
+    quantizer, n, k = RowQuantizer(code), 256 * device.multiprocessors, 256
+    with paper_gpu(device) as launches:
+        packed = pack_scaled(random_scaled_weight(n, k, code_type), quantizer, torch.bfloat16)
+        for tokens in (200, 131, 256, 144):
+            rows = torch.zeros(tokens, quantizer.layout(k).stride, dtype=torch.uint8)
+            scaled_linear(rows, packed, torch.bfloat16)
+    assert launches.compiled == ["persistent_gemm"]
+    assert launches.launched == ["persistent_gemm"] * 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from tests.kernels.cpu_targets import (
 from tests.kernels.scaled_mm_cases import (
     MAX_ERROR,
     ROW_CODE,
+    random_codes,
     random_rows,
     random_scaled_weight,
     relative_error,
@@ -71,10 +73,10 @@ def run(
 
 
 def exact_integers(rows: Tensor, weight: QuantizedWeight, quantizer: RowQuantizer) -> Tensor:
-    """sum_k (xq - zx) (code - 128) as int64 [M, N]."""
+    """sum_k (xq - zx) (code - zw) as int64 [M, N]."""
     parts = split_rows(rows, quantizer, weight.codes.shape[1])
     x = parts.codes.long() - parts.zeros.long()[:, None]
-    return x @ (weight.codes.long() - 128).T
+    return x @ (weight.codes.long() - weight.zeros.long()).T
 
 
 @pytest.mark.usefixtures("unit")
@@ -94,10 +96,13 @@ def test_every_row_count(code_type: CodeType, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("zeros", [True, False])
 @pytest.mark.parametrize("count", [1, 7, 30])
-def test_integers_are_summed_exactly(symmetric: bool, count: int) -> None:
-    quantizer = RowQuantizer("int8", symmetric=symmetric)
+def test_integers_are_summed_exactly(symmetric: bool, zeros: bool, count: int) -> None:
+    quantizer = RowQuantizer("int8", symmetric=symmetric, sum_group=3000 if zeros else 0)
     weight, rows = random_scaled_weight(64, 3000), random_rows(count, 3000, quantizer)
+    if zeros:
+        weight = replace(weight, zeros=random_codes("int", (64, 1), seed=2))
     parts = split_rows(rows, quantizer, 3000)
     whole = exact_integers(rows, weight, quantizer)
     expected = (whole.float() * weight.scales[:, 0]) * parts.scales

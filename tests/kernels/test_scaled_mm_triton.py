@@ -9,14 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from quantkit_kernels.act_quant.rows import PER_TENSOR, PER_TOKEN, RowQuantizer, Rows, join_rows
-from quantkit_kernels.scaled_mm import ScaledWeight, reference_scaled_linear
+from quantkit_kernels.scaled_mm import reference_scaled_linear
 from quantkit_kernels.scaled_mm import triton as backend
+from quantkit_kernels.scaled_mm.triton_launch import run_tiled
 from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile, select_scaled_tile
 from quantkit_kernels.tuning import Device
-from quantkit_kernels.wna16 import QuantizedWeight
 from tests.kernels.interpreted import (
     error,
     in_interpreter,
@@ -24,15 +23,20 @@ from tests.kernels.interpreted import (
     run_in_interpreter,
     starts_the_interpreter,
 )
+from tests.kernels.scaled_mm_triton_cases import (
+    ASYMMETRIC_ROWS,
+    FP8_ROWS,
+    FP32_ERROR,
+    INT8_ROWS,
+    check,
+    operands,
+    random_rows,
+    random_weight,
+    run,
+)
 
 FP16_ERROR = 4e-4
 """y is rounded to 11 bits, 2.1e-4; the products and sums before that are those of fp32."""
-
-FP32_ERROR = 2e-6
-"""Exact products and fp32 sums, in another order than the reference's."""
-
-NAN = {"e4m3": 0x7F, "e5m2": 0x7C}
-"""The first magnitude that is no number."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,70 +52,6 @@ def _poison() -> Iterator[None]:
 @starts_the_interpreter
 def test_in_the_interpreter() -> None:
     run_in_interpreter(__file__)
-
-
-def random_codes(code: str, *shape: int) -> Tensor:
-    """uint8 bits of all numbers of a type."""
-    if code in NAN:
-        magnitudes = torch.randint(0, NAN[code], shape, dtype=torch.uint8)
-        return magnitudes | torch.randint(0, 2, shape, dtype=torch.uint8) << 7
-    return torch.randint(0, 256, shape, dtype=torch.uint8)
-
-
-def random_weight(code_type: str, n: int, k: int, group: int | None = None) -> QuantizedWeight:
-    index = torch.arange(k) // (group or k)
-    groups = int(index[-1]) + 1
-    return QuantizedWeight(
-        codes=random_codes(code_type, n, k),
-        scales=torch.rand(n, groups) * 0.02 + 0.005,
-        zeros=torch.full((n, groups), 128 * (code_type == "int"), dtype=torch.uint8),
-        group_index=index.int(),
-        bits=8,
-        code_type=code_type,
-    )
-
-
-def random_rows(quantizer: RowQuantizer, m: int, k: int) -> Tensor:
-    """Rows whose bytes between the parts are those of a NaN."""
-    layout = quantizer.layout(k)
-    codes = random_codes(quantizer.code, m, k)
-    group_size = quantizer.group_size if quantizer.group_size > 0 else k
-    zeros = torch.zeros(m) if quantizer.symmetric else torch.randint(-128, 128, (m,)).float()
-    rows = join_rows(Rows(codes, torch.rand(m, layout.groups) + 0.1, zeros, group_size))
-    rows[:, k : layout.scales_at] = 0xFF
-    rows[:, layout.zero_at + 4 :] = 0xFF
-    return rows
-
-
-def run(rows: Tensor, packed: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return backend.linear(
-        rows,
-        packed.codes,
-        packed.scales,
-        packed.sums,
-        bias,
-        packed.code_type,
-        packed.quantizer.code,
-        packed.quantizer.group_size,
-        packed.group_size,
-        packed.in_features,
-        packed.out_features,
-        dtype,
-    )
-
-
-def check(
-    m: int, weight: QuantizedWeight, quantizer: RowQuantizer, bias: Tensor | None = None
-) -> None:
-    rows = random_rows(quantizer, m, weight.codes.shape[1])
-    expected = reference_scaled_linear(rows, weight, quantizer, bias)
-    y = run(rows, backend.pack(weight, quantizer, torch.float32), bias, torch.float32)
-    assert error(y, expected) <= FP32_ERROR
-
-
-INT8_ROWS = RowQuantizer("int8")
-ASYMMETRIC_ROWS = RowQuantizer("int8", symmetric=False)
-FP8_ROWS = RowQuantizer("e4m3")
 
 
 @interpreter
@@ -138,6 +78,25 @@ def test_ragged_shapes(code_type: str, quantizer: RowQuantizer, n: int, k: int) 
 
 @interpreter
 @in_interpreter
+@pytest.mark.parametrize("m", [3, 70])
+@pytest.mark.parametrize("quantizer", [INT8_ROWS, ASYMMETRIC_ROWS], ids=["symmetric", "zeros"])
+def test_weights_with_zero_points(quantizer: RowQuantizer, m: int) -> None:
+    check(m, random_weight("int", 130, 200, symmetric=False), quantizer, torch.randn(130) * 100)
+
+
+@interpreter
+@in_interpreter
+@pytest.mark.parametrize("m", [5, 40, 70])
+@pytest.mark.parametrize("n", [72, 200])
+def test_blocks(n: int, m: int) -> None:
+    weight = random_weight("e4m3", n, 300, 128, blocks=True)
+    packed = backend.pack(weight, RowQuantizer("e4m3", 128), torch.float16)
+    assert packed.scales.shape == (3, -(-n // 128))
+    check(m, weight, RowQuantizer("e4m3", 128), torch.randn(n) * 100)
+
+
+@interpreter
+@in_interpreter
 @pytest.mark.parametrize("m", [5, 70])
 @pytest.mark.parametrize("row_group", [True, False], ids=["groups", "rows"])
 @pytest.mark.parametrize(("group", "k"), [(128, 384), (128, 300), (32, 96), (192, 400), (256, 512)])
@@ -158,7 +117,7 @@ def test_one_group_spans_the_row() -> None:
 @pytest.mark.parametrize(
     ("code_type", "quantizer", "group"),
     [("int", ASYMMETRIC_ROWS, None), ("e5m2", RowQuantizer("e4m3", 128), 128)],
-    ids=["int8", "fp8-groups"],
+    ids=["int8-zeros", "fp8-groups"],
 )
 @pytest.mark.parametrize("tile", [(16, 64, True), (128, 128, False)], ids=["swap", "plain"])
 def test_splits_agree(
@@ -168,29 +127,23 @@ def test_splits_agree(
     group: int | None,
     splits: int,
 ) -> None:
-    weight = random_weight(code_type, 72, 640, group)
+    weight = random_weight(code_type, 72, 640, group, symmetric=code_type != "int")
     packed = backend.pack(weight, quantizer, torch.float16)
-    rows, bias = random_rows(quantizer, 5, 640), torch.randn(72) * 100
+    rows, bias, residual = (
+        random_rows(packed.quantizer, 5, 640),
+        torch.randn(72) * 100,
+        torch.randn(5, 72),
+    )
     cut = ScaledTile(tile[0], tile[1], 128, 4, 4, splits, tile[2])
     results = []
     for _ in range(2):
         room = torch.empty(7, 72, dtype=torch.float32)
-        backend.run_tiled(
-            rows,
-            packed.codes,
-            packed.scales,
-            packed.sums,
-            bias,
-            quantizer,
-            backend.kernel_groups(quantizer, 640, packed.group_size),
-            640,
-            room[1:-1],
-            cut,
-        )
+        run_tiled(operands(rows, packed, bias, residual), room[1:-1], cut)
         assert room[0].isnan().all()
         assert room[-1].isnan().all()
         results.append(room[1:-1])
-    assert error(results[0], reference_scaled_linear(rows, weight, quantizer, bias)) <= FP32_ERROR
+    expected = reference_scaled_linear(rows, weight, packed.quantizer, bias, residual)
+    assert error(results[0], expected) <= FP32_ERROR
     assert torch.equal(*results)
 
 
@@ -239,7 +192,7 @@ def test_padding_has_the_value_0() -> None:
 
 
 def test_a_gpu_without_fp8_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "device_of", lambda _: Device(80, 108, 163 * 1024))
+    monkeypatch.setattr(backend, "device_of", lambda _: Device(80, 108, 163 * 1024, "A100"))
     with pytest.raises(ValueError, match=r"capability 8\.0 has no FP8 tensor cores"):
         backend.pack(random_weight("e4m3", 64, 128), FP8_ROWS, torch.float16)
     assert backend.pack(random_weight("int", 64, 128), INT8_ROWS, torch.float16).sums is None
@@ -261,7 +214,7 @@ def test_short_groups_are_refused() -> None:
 def test_every_tile_can_run(
     m: int, n: int, k: int, block_k: int, grouped: bool, gpu: tuple[int, int, int]
 ) -> None:
-    device = Device(gpu[0], gpu[1], gpu[2] * 1024)
+    device = Device(gpu[0], gpu[1], gpu[2] * 1024, "any")
     tile = select_scaled_tile(m, n, k, block_k, grouped, device)
     steps = -(-k // block_k)
     per_split = -(-steps // tile.splits)

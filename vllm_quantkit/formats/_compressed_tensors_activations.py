@@ -52,14 +52,14 @@ class ActivationFields(Args):
 
     def _check_pair(self, weight: WeightSpec) -> None:
         """The weight is one that 8-bit activations of this type are multiplied with."""
-        served = "symmetric 8-bit weights of the activations' type"
+        served = "8-bit weights of the activations' type"
         kind = "int" if weight.code_type == "int" else "float"
         if kind != self.kind:
             raise self.unserved("type", self.type, f"{served}, here {kind!r}", "Use one type.")
-        if weight.bits != 8 or not weight.symmetric:
-            seen = f"{weight.bits} bits, {'symmetric' if weight.symmetric else 'asymmetric'}"
+        if weight.bits != 8:
             fix = "Quantise again with such weights, or with input_activations null."
-            raise self.unserved("weights", seen, f"{served} with input_activations", fix)
+            seen, allowed = f"{weight.bits} bits", f"{served} with input_activations"
+            raise self.unserved("weights", seen, allowed, fix)
         if kind == "int" and weight.group_size != PER_CHANNEL:
             raise self.unserved(
                 "group_size",

@@ -41,6 +41,7 @@ class W8A8(LinearScheme):
         packed_weight = pack_scaled(own, quantizer, dtype)
         optional = {
             "weight_sums": packed_weight.sums,
+            "weight_zeros": packed_weight.zeros,
             "input_scale": parts.get(Role.INPUT_SCALE),
             "input_zero": parts.get(Role.INPUT_ZERO),
         }
@@ -51,7 +52,7 @@ class W8A8(LinearScheme):
         }
         kernel = W8A8Kernel(
             name=f"{packed_weight.kernel}, {self.spec.activation.describe()}",
-            quantizer=quantizer,
+            quantizer=packed_weight.quantizer,
             code_type=packed_weight.code_type,
             group_size=packed_weight.group_size,
             in_features=packed_weight.in_features,
@@ -92,6 +93,7 @@ class W8A8Kernel:
             self.in_features,
             self.out_features,
             self.dtype,
+            zeros=tensors.get("weight_zeros"),
         )
         return y
 

@@ -11,13 +11,12 @@ from quantkit_kernels.cpu.ir import F32, I32, VECTOR_F32, VECTOR_I32, Emitter, t
 def build_store(module: ir.Module, arithmetic: Arithmetic) -> ir.Function:
     """out[n] = sums[n] for a panel, as float32 or bfloat16.
 
-    store(sums, out, x_scale, x_zero, bias, scales, column_sums, out_bf16), all but the last
-    addresses. Integers: out[n] = x_scale scales[n] (sums[n] - x_zero column_sums[n]) + bias[n].
+    store(sums, out, x_scale, x_zero, x_sum, bias, scales, column_sums, column_zeros, in_features,
+    out_bf16), all but the last two addresses. Integers are scaled, see `_scaled_integers`.
     """
-    e = Emitter(module, "store", 8)
-    sums, out, x_scale, x_zero, bias, scales, column_sums, out_bf16 = e.args
+    e = Emitter(module, "store", 11)
+    sums, out, *factors, out_bf16 = e.args
     if arithmetic.sums_are_integers:
-        factors = (x_scale, x_zero, bias, scales, column_sums)
         values = _scaled_integers(e, arithmetic.row_shift, sums, *factors)
     else:
         values = [e.load(VECTOR_F32, sums, v) for v in VECTORS]
@@ -38,17 +37,28 @@ def _scaled_integers(
     sums: ir.Value,
     x_scale: ir.Value,
     x_zero: ir.Value,
+    x_sum: ir.Value,
     bias: ir.Value,
     scales: ir.Value,
     column_sums: ir.Value,
+    column_zeros: ir.Value,
+    in_features: ir.Value,
 ) -> list[ir.Value]:
-    """x_scale scales (sums - (x_zero + shift) column_sums) + bias, the difference exact."""
+    """x_scale scales sum_k (x - x_zero) (w - column_zeros) + bias, the sum exact.
+
+    Given are sums = sum_k (x + shift) w, x_sum = sum_k x, column_sums = sum_k (w - column_zeros).
+    """
     zero = e.b.fptosi(e.load(F32, x_zero), I32)
     offset = e.splat(e.b.add(zero, ir.Constant(I32, shift)))
+    shifts = e.b.mul(e.b.trunc(in_features, I32), ir.Constant(I32, shift))
+    row_sum = e.splat(e.b.add(e.load(I32, x_sum), shifts))
     factor = e.splat(e.load(F32, x_scale))
     values = []
     for v in VECTORS:
-        excess = e.b.mul(offset, e.load(VECTOR_I32, column_sums, v))
+        excess = e.b.add(
+            e.b.mul(offset, e.load(VECTOR_I32, column_sums, v)),
+            e.b.mul(row_sum, e.load(VECTOR_I32, column_zeros, v)),
+        )
         whole = e.b.sitofp(e.b.sub(e.load(VECTOR_I32, sums, v), excess), VECTOR_F32)
         scaled = e.b.fmul(whole, e.load(VECTOR_F32, scales, v))
         values.append(e.fma(scaled, factor, e.load(VECTOR_F32, bias, v)))

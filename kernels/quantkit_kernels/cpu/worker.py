@@ -32,13 +32,14 @@ FIELDS = (
     "pieces", "x", "x_piece", "x_row", "x_group", "x_sums", "x_sums_piece", "x_sums_group", "codes",
     "scales", "scale_panel", "scale_group", "zeros", "bias", "out", "out_row", "out_bf16",
     "scratch", "slot_bytes", "tile_bytes", "source", "source_row", "source_blocks", "group_blocks",
-    "x_scales", "x_scale_group", "x_zeros", "column_sums",
+    "x_scales", "x_scale_group", "x_zeros", "x_code_sums", "column_sums", "column_zeros",
+    "column_zero_panel", "in_features",
 )  # fmt: skip
 """The int64 argument block: addresses, strides in bytes, and counts; bias and zeros may be null.
 
-A scratch slot is a tile of `tile_bytes`, then sums [chunk_rows, 32]. The last two lines are of
+A scratch slot is a tile of `tile_bytes`, then sums [chunk_rows, 32]. From `source` on they are of
 8-bit rows: `source` are their codes, `source_row` bytes apart, `source_blocks` times 16 of them, in
-groups of `group_blocks`; scales and zero-points lie at the same distance from row to row.
+groups of `group_blocks`; scales, zero-points and sums lie at the same distance from row to row.
 """
 
 PREFETCH_BYTES = 16384
@@ -235,6 +236,8 @@ class _Worker:
             self._bias(task),
             e.at(a["scales"], (task.panel, a["scale_panel"])),
             e.at(a["column_sums"], (task.panel, PANEL_BYTES)),
+            e.at(a["column_zeros"], (task.panel, a["column_zero_panel"])),
+            a["in_features"],
             a["out_bf16"],
         ]
         with e.loop(task.rows) as row:
@@ -242,8 +245,10 @@ class _Worker:
             column = e.b.mul(itemsize, e.number(PANEL))
             target = e.at(a["out"], (index, a["out_row"]), (task.panel, column))
             zero = e.at(a["x_zeros"], (index, a["source_row"]))
+            code_sum = e.at(a["x_code_sums"], (index, a["source_row"]))
             sums = e.at(self.sums, (row.index, PANEL_BYTES))
-            e.b.call(self.inner.store, [sums, target, self._row_scale(index), zero, *shared])
+            of_row = [sums, target, self._row_scale(index), zero, code_sum]
+            e.b.call(self.inner.store, [*of_row, *shared])
 
 
 def _build_stager(module: ir.Module, arithmetic: Arithmetic) -> None:

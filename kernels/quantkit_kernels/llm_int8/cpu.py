@@ -23,11 +23,12 @@ def linear(
     sums: Tensor | None,
     outliers: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     threshold: float,
     in_features: int,
     out_features: int,
 ) -> Tensor:
-    """y = x_O W_O^T + (sx Q(x_rest)) W_rest^T + bias, summed in float32.
+    """y = x_O W_O^T + (sx Q(x_rest)) W_rest^T + bias + residual, summed in float32.
 
     Args:
         x: [M, K]. codes, scales, sums: as packed by `scaled_mm.cpu`.
@@ -39,10 +40,11 @@ def linear(
         return x.new_empty(0, out_features)
     x = x.contiguous()
     columns = find_outliers(x, threshold) if outliers is None else outliers.long()
+    weight, added = (codes, scales, sums), (bias, residual)
     if columns.numel() == 0:
-        return _multiply(x, codes, scales, sums, bias, out_features, x.dtype)
+        return _multiply(x, *weight, *added, out_features, x.dtype)
     rest = x.index_fill(1, columns, 0)
-    y = _multiply(rest, codes, scales, sums, bias, out_features, torch.float32)
+    y = _multiply(rest, *weight, *added, out_features, torch.float32)
     return y.add_(outlier_product(x, codes, scales, columns)[:, :out_features]).to(x.dtype)
 
 
@@ -52,16 +54,16 @@ def _multiply(
     scales: Tensor,
     sums: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     out_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(sx Q(x)) W^T + bias, in `dtype`."""
+    """(sx Q(x)) W^T + bias + residual, in `dtype`."""
     width = x.shape[1]
     rows = rows_cpu.quantise(Source("x", x, width), ROWS, None, None)
     kinds: tuple[CodeType, RowCode, int] = ("int", "int8", PER_TOKEN)
-    return scaled_cpu.linear(
-        rows, codes, scales, sums, bias, *kinds, width, width, out_features, dtype
-    )
+    tensors = (codes, scales, sums, None, bias, residual)
+    return scaled_cpu.linear(rows, *tensors, *kinds, width, width, out_features, dtype)
 
 
 def find_outliers(x: Tensor, threshold: float) -> Tensor:

@@ -16,11 +16,12 @@ def linear(
     sums: Tensor | None,
     outliers: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     threshold: float,
     in_features: int,
     out_features: int,
 ) -> Tensor:
-    """y = x_O W_O^T + (sx Q(x_rest)) W_rest^T + bias, in fp32.
+    """y = x_O W_O^T + (sx Q(x_rest)) W_rest^T + bias + residual, in fp32.
 
     Args:
         x: [M, K]. codes, scales: as packed by `scaled_mm.generic`.
@@ -32,4 +33,6 @@ def linear(
     rest = reference_quantize(x.masked_fill(mask, 0), ROWS).dequantize()
     values = x.float().masked_fill(~mask, 0) + rest
     y = values @ (scales * (codes.float() - INT8_ZERO)).T
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    for added in (bias, residual):
+        y = y if added is None else y + added.float()
+    return y.to(x.dtype)

@@ -16,7 +16,7 @@ from quantkit_kernels.wna16 import QuantizedWeight
 torch.library.define(
     "quantkit::llm_int8_linear",
     "(Tensor x, Tensor codes, Tensor scales, Tensor? sums, Tensor? outliers, Tensor? bias, "
-    "float threshold, int in_features, int out_features) -> Tensor",
+    "float threshold, int in_features, int out_features, Tensor? residual=None) -> Tensor",
 )
 
 
@@ -83,8 +83,9 @@ def llm_int8_linear(
     threshold: float,
     outliers: Tensor | None = None,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = x_O W_O^T + (sx Q(x_rest)) W_rest^T + bias (arXiv 2208.07339).
+    """y = x_O W_O^T + (sx Q(x_rest)) W_rest^T + bias + residual (arXiv 2208.07339).
 
     Outlier channels O keep the precision of x; in the others each token is quantised to int8.
 
@@ -94,6 +95,7 @@ def llm_int8_linear(
         threshold: O are the channels with any |x[m, k]| above it in the batch.
         outliers: int32 [any], distinct channels that are O instead.
         bias: [N] or None.
+        residual: [..., N] or None.
 
     Returns:
         [..., N] in the dtype of `x`.
@@ -111,6 +113,7 @@ def llm_int8_linear(
         threshold,
         weight.in_features,
         weight.out_features,
+        residual,
     )
     return y
 
@@ -126,8 +129,9 @@ def _fake(
     threshold: float,
     in_features: int,
     out_features: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    check_arguments(x, outliers, bias, threshold, in_features, out_features)
+    check_arguments(x, outliers, bias, residual, threshold, in_features, out_features)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -135,6 +139,7 @@ def check_arguments(
     x: Tensor,
     outliers: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     threshold: float,
     in_features: int,
     out_features: int,
@@ -142,13 +147,17 @@ def check_arguments(
     """Refuse what no kernel can run, naming the value.
 
     Raises:
-        ValueError: x, bias, outliers or threshold do not fit the weight.
+        ValueError: x, bias, residual, outliers or threshold do not fit the weight.
     """
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} channels, but the weight takes {in_features}")
     check_activations(x.dtype)
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out_features},)")
+    if residual is not None and residual.shape != (*x.shape[:-1], out_features):
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}, expected {(*x.shape[:-1], out_features)}"
+        )
     if outliers is not None and (outliers.dtype != torch.int32 or outliers.dim() != 1):
         raise ValueError(
             f"outliers are {outliers.dtype} with {outliers.dim()} dimensions; "
@@ -169,12 +178,14 @@ def _implementation(device_type: str) -> Callable[..., Tensor]:
         threshold: float,
         in_features: int,
         out_features: int,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        check_arguments(x, outliers, bias, threshold, in_features, out_features)
-        sizes = (threshold, in_features, out_features)
+        check_arguments(x, outliers, bias, residual, threshold, in_features, out_features)
         rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+        added = residual if residual is None else residual.reshape(-1, out_features)
+        tensors = (codes, scales, sums, outliers, bias, added)
         linear = backend("llm_int8", device_type).linear
-        y: Tensor = linear(rows, codes, scales, sums, outliers, bias, *sizes)
+        y: Tensor = linear(rows, *tensors, threshold, in_features, out_features)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 
     return run

@@ -18,6 +18,7 @@ def reference_llm_int8(
     threshold: float,
     outliers: Tensor | None = None,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Outlier channels in full precision, the others in int8 (arXiv 2208.07339).
 
@@ -27,6 +28,7 @@ def reference_llm_int8(
         threshold: a channel is an outlier where any |x[m, k]| exceeds it.
         outliers: int32 [any], distinct, the outlier channels instead.
         bias: float [N] or None.
+        residual: float [..., N] or None.
 
     Returns:
         float32 [..., N], whatever the dtype of `x`.
@@ -36,7 +38,9 @@ def reference_llm_int8(
     rest = reference_quantize(values.masked_fill(mask, 0), ROWS).dequantize()
     y = (values.masked_fill(~mask, 0) + rest) @ weight.dequantize().T
     y = y.reshape(*x.shape[:-1], y.shape[1])
-    return y if bias is None else y + bias.float()
+    for added in (bias, residual):
+        y = y if added is None else y + added.float()
+    return y
 
 
 def outlier_mask(x: Tensor, threshold: float, outliers: Tensor | None) -> Tensor:

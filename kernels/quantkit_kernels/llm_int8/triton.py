@@ -18,9 +18,9 @@ from quantkit_kernels.llm_int8.triton_kernels import (
     llm_int8_gemm,
     quantise_rest,
 )
-from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile, select_scaled_tile
+from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile
+from quantkit_kernels.tile_choice import llm_int8_tile
 from quantkit_kernels.triton_common import add_splits, device_of
-from quantkit_kernels.tuning import TILE_K
 
 FLAG_TOKENS, FLAG_COLUMNS = 64, 128
 """What one program of `flag_outliers` looks at."""
@@ -56,15 +56,17 @@ def linear(
     sums: Tensor | None,
     outliers: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     threshold: float,
     in_features: int,
     out_features: int,
 ) -> Tensor:
-    """y = x_O W_O^T + (sx Q(x_rest)) W_rest^T + bias.
+    """y = x_O W_O^T + (sx Q(x_rest)) W_rest^T + bias + residual.
 
     Args:
         x: [M, K].
         codes, scales, sums: as packed by `scaled_mm.triton` for symmetric int8 rows.
+        residual: [M, N] or None.
         outliers: int32 [any], O; None for the channels with any |x[m, k]| above the threshold.
 
     Returns:
@@ -76,8 +78,9 @@ def linear(
         return y
     with torch.cuda.device_of(x):
         parts = split_input(x.contiguous(), flag(x.contiguous(), threshold, outliers))
-        tile = select_scaled_tile(m, out_features, in_features, TILE_K, False, device_of(x))
-        run_tiled(parts, codes, scales, bias, y, tile)
+        added = residual if residual is None else residual.contiguous()
+        tile = llm_int8_tile(m, out_features, in_features, device_of(x))
+        run_tiled(parts, codes, scales, bias, added, y, tile)
     return y
 
 
@@ -133,13 +136,14 @@ def run_tiled(
     codes: Tensor,
     scales: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     y: Tensor,
     tile: ScaledTile,
 ) -> None:
     """The product, cut as `tile` says.
 
     Args:
-        codes, scales, bias: as of `linear`.
+        codes, scales, bias, residual: as of `linear`.
         y: [M, N], written.
     """
     m, n = y.shape
@@ -157,6 +161,7 @@ def run_tiled(
         parts.outliers,
         parts.count,
         None if split else bias,
+        None if split else residual,
         out,
         m,
         n,
@@ -177,4 +182,4 @@ def run_tiled(
         enable_fp_fusion=True,
     )
     if split:
-        add_splits(out, bias, y)
+        add_splits(out, bias, y, residual)

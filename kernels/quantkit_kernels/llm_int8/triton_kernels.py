@@ -16,9 +16,10 @@ from quantkit_kernels.act_quant.triton_kernels import (
     store_scales,
     to_codes,
 )
-from quantkit_kernels.scaled_mm.triton_kernels import accumulate, scale, store_tile, tile_of
+from quantkit_kernels.scaled_mm.triton_kernels import accumulate
+from quantkit_kernels.scaled_mm.triton_parts import scale, store_tile, tile_of
 
-OUTLIERS = tl.constexpr(32)
+OUTLIERS = tl.constexpr(16)
 """Outlier channels that are multiplied at a time."""
 
 
@@ -162,6 +163,7 @@ def llm_int8_gemm(
     outliers_ptr,
     count_ptr,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     M,
     N,
@@ -179,7 +181,8 @@ def llm_int8_gemm(
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """out[s, m, n] = sw[n] (sx[m] sum_k q[m, k] w[n, k] + sum_{k in O} x[m, k] w[n, k]) + bias[n].
+    """out[s, m, n] = sw[n] (sx[m] sum_k q[m, k] w[n, k] + sum_{k in O} x[m, k] w[n, k])
+    + bias[n] + residual[m, n].
 
     The first sum in integers, the second in the type of x; both are cut into splits.
 
@@ -230,4 +233,4 @@ def llm_int8_gemm(
         ASM,
     )
     y = scale(y, row_scales, w_scales_ptr + channels, False, True, SWAP)
-    store_tile(y, bias_ptr, out_ptr, split, M, N, tokens, channels, SWAP)
+    store_tile(y, bias_ptr, residual_ptr, out_ptr, split, M, N, tokens, channels, SWAP)

@@ -19,7 +19,15 @@ from quantkit_kernels.cpu.arithmetic import PANEL, PANEL_BYTES
 from quantkit_kernels.cpu.host import ArgumentBlock, Kernel, Product, host_kernel
 from quantkit_kernels.cpu.panels import pack_codes, pad_bias, panels
 from quantkit_kernels.cpu.run import ALIGNMENT, Plan, address, new_block, plan, run
-from quantkit_kernels.scaled_mm.weights import INT8_ZERO, ScaledWeight, group_size_of
+from quantkit_kernels.scaled_mm.weights import (
+    INT8_ZERO,
+    ScaledWeight,
+    column_sums,
+    column_zeros,
+    group_size_of,
+    row_quantizer,
+    rows_for,
+)
 from quantkit_kernels.wna16.weights import QuantizedWeight
 
 INTEGER_CHUNK, FLOAT_CHUNK = 512, 256
@@ -31,37 +39,37 @@ BLOCK = 16
 """Input channels that are staged at a time; groups are multiples of it."""
 
 
+_NO_ZEROS = torch.zeros(PANEL, dtype=torch.int32)
+"""Zero-points of every panel of a weight that has none."""
+
+
 def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -> ScaledWeight:
     """Panels of 32 output columns, as in `cpu.panels`, for every `dtype` and CPU.
 
     codes: int32 [N/32, K' / 4, 32], code - 128 in two's complement, or the bits of an 8-bit float;
         K' is K padded with zeros to whole groups, or to equal chunks where a channel has one scale.
     scales: float32 [N/32, G, 32].
-    sums: int32 [N/32, 1, 32] of integers, else None.
+    sums: int32 [N/32, 1, 32] of integers, else None; zeros alike where any is not 0.
     """
     out_features, in_features = weight.codes.shape
     group_size = group_size_of(weight)
     is_int = weight.code_type == "int"
     centre = INT8_ZERO if is_int else 0
     groups, channels = cut(in_features, group_size, is_int)
+    zeros = column_zeros(weight)
     unit = host_kernel(Product(8, weight.code_type, quantizer.code)).arithmetic.unit
     return ScaledWeight(
         codes=pack_codes(weight.codes, 8, centre=centre, columns=groups * channels),
         scales=panels(weight.scales.float()),
-        sums=panels(_column_sums(weight.codes)) if is_int else None,
+        sums=panels(column_sums(weight)[:, None]) if is_int else None,
+        zeros=None if zeros is None else panels(zeros[:, None]),
         code_type=weight.code_type,
-        quantizer=quantizer,
+        quantizer=rows_for(quantizer, in_features, zeros),
         group_size=group_size,
         in_features=in_features,
         out_features=out_features,
         kernel=f"CPU {unit} panels (W8A8 {'INT8' if is_int else weight.code_type.upper()})",
     )
-
-
-def _column_sums(codes: Tensor) -> Tensor:
-    """sum_k (codes[n, k] - 128): int32 [N, 1]."""
-    sums = codes.sum(1, keepdim=True, dtype=torch.int32)
-    return sums - INT8_ZERO * codes.shape[1]
 
 
 def cut(in_features: int, group_size: int, integers: bool) -> tuple[int, int]:
@@ -78,7 +86,9 @@ def linear(
     codes: Tensor,
     scales: Tensor,
     sums: Tensor | None,
+    zeros: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     code_type: CodeType,
     row_code: RowCode,
     row_group: int,
@@ -87,10 +97,11 @@ def linear(
     out_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y = (sx (xq - zx)) (sw value(codes))^T + bias.
+    """y = (sx (xq - zx)) (sw (value(codes) - zeros))^T + bias + residual.
 
     Args:
         rows: uint8 [M, stride]. Others as packed by `pack`.
+        residual: [M, N] or None.
         dtype: of the result.
 
     Returns:
@@ -98,10 +109,12 @@ def linear(
     """
     kernel = host_kernel(Product(8, code_type, row_code))
     count, columns = rows.shape[0], codes.shape[0] * PANEL
-    is_bf16 = dtype == torch.bfloat16
+    # A residual is added before results are rounded.
+    is_bf16 = dtype == torch.bfloat16 and residual is None
     out = torch.empty(count, columns, dtype=dtype if is_bf16 else torch.float32)
     if count:
-        layout, shape = _layout(row_code, row_group, in_features), (group_size, in_features)
+        quantizer = row_quantizer(row_code, row_group, in_features, zeros is not None)
+        layout, shape = quantizer.layout(in_features), (group_size, in_features)
         chosen = _plan(kernel, layout, count, columns, *shape, is_bf16, torch.get_num_threads())
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         padded_bias = pad_bias(bias, columns)
@@ -109,15 +122,15 @@ def linear(
         _describe_rows(block, rows, layout)
         block.codes, block.scales = codes.data_ptr(), scales.data_ptr()
         block.column_sums, block.bias = address(sums), address(padded_bias)
+        if zeros is None:
+            block.column_zeros = address(_NO_ZEROS)
+        else:
+            block.column_zeros, block.column_zero_panel = address(zeros), PANEL_BYTES
         block.out = out.data_ptr()
         run(kernel, chosen, block)
     y = out if columns == out_features else out[:, :out_features].contiguous()
+    y = y if residual is None else y.add_(residual)
     return y if is_bf16 else y.to(dtype)
-
-
-@lru_cache(maxsize=1024)
-def _layout(row_code: RowCode, row_group: int, in_features: int) -> RowLayout:
-    return RowQuantizer(row_code, row_group).layout(in_features)
 
 
 @lru_cache(maxsize=4096)
@@ -151,12 +164,15 @@ def _plan(
     block.scale_panel = (groups if has_groups else 1) * PANEL_BYTES
     block.scale_group = PANEL_BYTES if has_groups else 0
     block.x_scale_group = 4 if layout.groups > 1 else 0
+    block.in_features = in_features
     staged = -(-rows * groups * 4 * steps // ALIGNMENT) * ALIGNMENT
     return replace(chosen, block=block, staged_bytes=staged)
 
 
 def _describe_rows(block: ArgumentBlock, rows: Tensor, layout: RowLayout) -> None:
-    """Where codes, scales and zero-points of uint8 [M, stride] lie."""
+    """Where codes, scales, zero-points and sums of uint8 [M, stride] lie."""
     start = rows.data_ptr()
     block.source, block.source_row = start, rows.stride(0)
     block.x_scales, block.x_zeros = start + layout.scales_at, start + layout.zero_at
+    # Without sums any number will do, which no weight then multiplies by more than 0.
+    block.x_code_sums = start + (layout.sums_at if layout.sums else layout.zero_at)

@@ -16,6 +16,7 @@ from quantkit_kernels.scaled_mm.weights import (
     check_codes,
     check_groups,
     check_weight,
+    row_quantizer,
 )
 from quantkit_kernels.wna16.weights import QuantizedWeight
 
@@ -23,7 +24,7 @@ torch.library.define(
     "quantkit::scaled_linear",
     "(Tensor rows, Tensor codes, Tensor scales, Tensor? sums, Tensor? bias, str code_type, "
     "str row_code, int row_group, int group_size, int in_features, int out_features, "
-    "ScalarType dtype) -> Tensor",
+    "ScalarType dtype, Tensor? residual=None, Tensor? zeros=None) -> Tensor",
 )
 
 
@@ -33,9 +34,10 @@ def pack_scaled(
     """Lay `weight` out for the kernel of the device it lies on.
 
     Args:
-        weight: N x K, 8-bit codes; integers with zero-point 128 and one scale per output channel,
-            or E4M3 or E5M2 with one scale per output channel or per group of it.
-        quantizer: how the rows it will multiply are quantised.
+        weight: N x K, 8-bit codes; integers with one scale and zero-point per output channel, or
+            E4M3 or E5M2 with one scale per output channel or per group of it.
+        quantizer: how the rows it will multiply are quantised. Zero-points other than 128 need the
+            rows' sums as well: `ScaledWeight.quantizer` then asks for them.
         dtype: of the results: float16, bfloat16 or float32.
 
     Raises:
@@ -50,15 +52,22 @@ def pack_scaled(
 
 
 def scaled_linear(
-    rows: Tensor, weight: ScaledWeight, dtype: torch.dtype, bias: Tensor | None = None
+    rows: Tensor,
+    weight: ScaledWeight,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y[m, n] = sum_k sx[m, gx(k)] (xq[m, k] - zx[m]) sw[n, gw(k)] value(codes[n, k]) + bias[n].
+    """y = (sx (xq - zx)) (sw (value(codes) - zw))^T + bias + residual.
+
+    Scales are sx[m, k // group size of rows] and sw[n, k // group size of the weight].
 
     Args:
         rows: uint8 [..., stride], as `weight.quantizer` lays them out.
         weight: packed for the device of `rows`.
         dtype: of the result: float16, bfloat16 or float32.
         bias: [N] or None.
+        residual: [..., N] or None.
 
     Returns:
         [..., N] in `dtype`.
@@ -76,6 +85,8 @@ def scaled_linear(
         weight.in_features,
         weight.out_features,
         dtype,
+        residual,
+        weight.zeros,
     )
     return y
 
@@ -94,15 +105,19 @@ def _fake(
     in_features: int,
     out_features: int,
     dtype: torch.dtype,
+    residual: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> Tensor:
     kinds, sizes = (code_type, row_code, row_group), (group_size, in_features, out_features)
-    check_arguments(rows, bias, *kinds, *sizes, dtype)
+    check_arguments(rows, zeros, bias, residual, *kinds, *sizes, dtype)
     return rows.new_empty(*rows.shape[:-1], out_features, dtype=dtype)
 
 
 def check_arguments(
     rows: Tensor,
+    zeros: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     code_type: str,
     row_code: str,
     row_group: int,
@@ -114,9 +129,10 @@ def check_arguments(
     """Refuse what no kernel can run, naming the value.
 
     Raises:
-        ValueError: rows, bias, dtype or code types do not fit the weight or each other.
+        ValueError: rows, bias, residual, dtype or code types do not fit the weight or each other.
     """
-    stride = _row_stride(code_type, row_code, row_group, group_size, in_features)
+    summed = zeros is not None
+    stride = _row_stride(code_type, row_code, row_group, group_size, in_features, summed)
     if rows.dtype != torch.uint8:
         raise ValueError(f"rows are {rows.dtype}, expected torch.uint8 from the row quantiser")
     if rows.shape[-1] != stride:
@@ -125,16 +141,26 @@ def check_arguments(
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out_features},)")
+    if residual is not None and residual.shape != (*rows.shape[:-1], out_features):
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}, "
+            f"expected {(*rows.shape[:-1], out_features)}"
+        )
     _check_dtype(dtype)
 
 
 @lru_cache(maxsize=1024)
 def _row_stride(
-    code_type: str, row_code: str, row_group: int, group_size: int, in_features: int
+    code_type: str,
+    row_code: str,
+    row_group: int,
+    group_size: int,
+    in_features: int,
+    summed: bool,
 ) -> int:
     """Bytes of a row, if rows and weight are served together."""
     check_codes(code_type, row_code)
-    quantizer = RowQuantizer(cast("RowCode", row_code), row_group)
+    quantizer = row_quantizer(cast("RowCode", row_code), row_group, in_features, summed)
     check_groups(quantizer, in_features, group_size)
     return quantizer.layout(in_features).stride
 
@@ -158,12 +184,16 @@ def _implementation(device_type: str) -> Callable[..., Tensor]:
         in_features: int,
         out_features: int,
         dtype: torch.dtype,
+        residual: Tensor | None = None,
+        zeros: Tensor | None = None,
     ) -> Tensor:
         kinds, sizes = (code_type, row_code, row_group), (group_size, in_features, out_features)
-        check_arguments(rows, bias, *kinds, *sizes, dtype)
+        check_arguments(rows, zeros, bias, residual, *kinds, *sizes, dtype)
         flat = rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
+        added = residual if residual is None else residual.reshape(-1, out_features)
+        tensors = (codes, scales, sums, zeros, bias, added)
         linear = backend("scaled_mm", device_type).linear
-        y: Tensor = linear(flat, codes, scales, sums, bias, *kinds, *sizes, dtype)
+        y: Tensor = linear(flat, *tensors, *kinds, *sizes, dtype)
         return y if rows.dim() == 2 else y.reshape(*rows.shape[:-1], out_features)
 
     return run

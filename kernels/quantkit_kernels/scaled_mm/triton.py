@@ -8,15 +8,22 @@ captured in a CUDA graph.
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from quantkit_kernels.act_quant.rows import RowCode, RowQuantizer
 from quantkit_kernels.code_types import FLOAT8_DTYPES, CodeType
-from quantkit_kernels.scaled_mm.triton_kernels import scaled_gemm
-from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile, select_scaled_tile
-from quantkit_kernels.scaled_mm.weights import INT8_ZERO, ScaledWeight, group_size_of
-from quantkit_kernels.triton_common import add_splits, device_of
+from quantkit_kernels.scaled_mm.triton_launch import W_BLOCK, Operands, run_tiled
+from quantkit_kernels.scaled_mm.weights import (
+    INT8_ZERO,
+    ScaledWeight,
+    column_sums,
+    column_zeros,
+    group_size_of,
+    row_quantizer,
+    rows_for,
+)
+from quantkit_kernels.tile_choice import scaled_tile
+from quantkit_kernels.triton_common import device_of
 from quantkit_kernels.tuning import TILE_K
 from quantkit_kernels.wna16.cuda_layout import padded_columns, padded_rows
 from quantkit_kernels.wna16.weights import QuantizedWeight
@@ -31,7 +38,8 @@ SMALLEST_GROUP = 32
 def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -> ScaledWeight:
     """Codes [N', K''] of the type that the tensor cores take, scales fp32 [G, N'].
 
-    Integers become code - 128. Padding has the value 0.
+    Integers become code - 128. Padding has the value 0. Where 128 channels share the scales of all
+    groups, which therefore are those of blocks, there is one for them: [G, N' / 128].
 
     Raises:
         ValueError: the GPU has no FP8 tensor cores, or groups are no multiples of 32 channels.
@@ -39,18 +47,20 @@ def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -
     rows, columns = weight.codes.shape
     group_size = group_size_of(weight)
     _check_served(weight, quantizer, group_size)
-    padding = (0, padded_columns(columns) - columns, 0, padded_rows(rows) - rows)
+    below = padded_rows(rows) - rows
+    padding = (0, padded_columns(columns) - columns, 0, below)
     integer = weight.code_type == "int"
     stored = weight.codes ^ INT8_ZERO if integer else weight.codes
     codes = torch.nn.functional.pad(stored, padding).view(code_dtype(weight.code_type))
-    sums = None if quantizer.symmetric else codes.sum(1, dtype=torch.int32)
-    scales = torch.nn.functional.pad(weight.scales.float().T, (0, padding[3]))
+    sums = None if quantizer.symmetric else _padded(column_sums(weight), below)
+    zeros = column_zeros(weight)
     return ScaledWeight(
         codes=codes,
-        scales=scales.contiguous(),
+        scales=_packed_scales(weight.scales.float(), below, grouped=group_size < columns),
         sums=sums,
+        zeros=None if zeros is None else _padded(zeros, below),
         code_type=weight.code_type,
-        quantizer=quantizer,
+        quantizer=rows_for(quantizer, columns, zeros),
         group_size=group_size,
         in_features=columns,
         out_features=rows,
@@ -58,12 +68,29 @@ def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -
     )
 
 
+def _padded(values: Tensor, below: int) -> Tensor:
+    """[N] to [N'], zeros below."""
+    return torch.nn.functional.pad(values, (0, below))
+
+
+def _packed_scales(scales: Tensor, below: int, grouped: bool) -> Tensor:
+    """float32 [N, G] to [G, N'], or to [G, N' / 128] where the groups are those of blocks."""
+    # The last block may be short: its own last scale makes it whole.
+    padded = torch.cat([scales, scales[-1:].expand(below, -1)])
+    blocks = padded.unflatten(0, (-1, W_BLOCK))
+    if grouped and bool((blocks == blocks[:, :1]).all()):
+        padded = blocks[:, 0]
+    return padded.T.contiguous()
+
+
 def linear(
     rows: Tensor,
     codes: Tensor,
     scales: Tensor,
     sums: Tensor | None,
+    zeros: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     code_type: CodeType,
     row_code: RowCode,
     row_group: int,
@@ -72,10 +99,11 @@ def linear(
     out_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y[m, n] = sum_k sx[m, gx(k)] (xq[m, k] - zx[m]) sw[n, gw(k)] value(codes[n, k]) + bias[n].
+    """y = (sx (xq - zx)) (sw (value(codes) - zeros))^T + bias + residual.
 
     Args:
-        rows: uint8 [M, stride], as `RowQuantizer(row_code, row_group)` lays them out.
+        rows: uint8 [M, stride], as `row_quantizer` lays them out.
+        residual: [M, N] or None.
         code_type: told by the dtype of `codes` here. Others as packed by `pack`.
 
     Returns:
@@ -85,71 +113,25 @@ def linear(
     y = torch.empty(m, out_features, dtype=dtype, device=rows.device)
     if m == 0:
         return y
-    quantizer = RowQuantizer(row_code, row_group)
+    quantizer = row_quantizer(row_code, row_group, in_features, zeros is not None)
     groups = kernel_groups(quantizer, in_features, group_size)
-    with torch.cuda.device_of(rows):
-        tile = select_scaled_tile(
-            m, out_features, in_features, block_k(*groups), max(groups) > 0, device_of(rows)
-        )
-        run_tiled(rows, codes, scales, sums, bias, quantizer, groups, in_features, y, tile)
-    return y
-
-
-def run_tiled(
-    rows: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    sums: Tensor | None,
-    bias: Tensor | None,
-    quantizer: RowQuantizer,
-    groups: tuple[int, int],
-    in_features: int,
-    y: Tensor,
-    tile: ScaledTile,
-) -> None:
-    """As `linear`, cut as `tile` says.
-
-    Args:
-        rows: uint8 [M, stride], M at least 1.
-        groups: of `kernel_groups`.
-        y: [M, N], written.
-    """
-    m, n = y.shape
-    split = tile.splits > 1
-    out = torch.empty(tile.splits, m, n, dtype=torch.float32, device=y.device) if split else y
-    k_steps = triton.cdiv(in_features, tile.block_k)
-    tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
-    rows = rows.contiguous()
-    scaled_gemm[(tiles, tile.splits)](
-        rows.view(torch.int8 if quantizer.code == "int8" else torch.float8_e4m3fn),
-        rows.view(torch.float32),
-        codes,
-        scales,
-        sums,
-        None if split else bias,
-        out,
-        m,
-        n,
-        in_features,
-        rows.shape[1],
-        codes.shape[1],
-        k_steps,
-        triton.cdiv(k_steps, tile.splits),
-        X_GROUP=groups[0],
-        W_GROUP=groups[1],
-        SCALES_AT=quantizer.layout(in_features).scales_at // 4,
-        RAGGED=in_features % tile.block_k != 0,
-        SWAP=tile.swap,
-        BM=tile.block_m,
-        BN=tile.block_n,
-        BK=tile.block_k,
-        STAGES=tile.stages,
-        ASM=rows.is_cuda,
-        num_warps=tile.warps,
-        enable_fp_fusion=True,
+    given = Operands(
+        rows=rows.contiguous(),
+        codes=codes,
+        scales=scales,
+        sums=sums,
+        zeros=zeros,
+        bias=bias,
+        residual=None if residual is None else residual.contiguous(),
+        quantizer=quantizer,
+        groups=groups,
+        in_features=in_features,
     )
-    if split:
-        add_splits(out, bias, y)
+    with torch.cuda.device_of(rows):
+        shape, step = (m, out_features, in_features), (block_k(*groups), max(groups) > 0)
+        tile = scaled_tile(*shape, *step, code_type, device_of(rows))
+        run_tiled(given, y, tile)
+    return y
 
 
 def kernel_groups(quantizer: RowQuantizer, in_features: int, group_size: int) -> tuple[int, int]:

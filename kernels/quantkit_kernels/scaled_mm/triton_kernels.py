@@ -1,56 +1,18 @@
 # ruff: noqa: ANN001, ANN201
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The Triton kernel: products of 8-bit codes in the tensor cores, scaled in fp32."""
+"""The Triton kernel for any GPU: products of 8-bit codes in the tensor cores, scaled in fp32."""
 
 import triton
 import triton.language as tl
 
-TILE_GROUP = tl.constexpr(8)
-"""Tiles of tokens that run side by side on one tile of channels, to share it in L2."""
-
-
-@triton.jit
-def tile_of(program, m_tiles, n_tiles):
-    """(tile of tokens, tile of channels): bands of `TILE_GROUP` tiles of tokens."""
-    band = program // (TILE_GROUP * n_tiles)
-    height = tl.minimum(m_tiles - band * TILE_GROUP, TILE_GROUP)
-    inner = program % (TILE_GROUP * n_tiles)
-    return band * TILE_GROUP + inner % height, inner // height
-
-
-@triton.jit
-def multiply(x, w, SWAP: tl.constexpr, ASM: tl.constexpr):
-    """x w^T, or its transpose w x^T where SWAP: int32 from int8, fp32 from FP8."""
-    INTEGER: tl.constexpr = x.dtype == tl.int8
-    if not ASM and not INTEGER:  # The interpreter multiplies FP8 in float16.
-        x = x.to(tl.float32)
-        w = w.to(tl.float32)
-    if SWAP:
-        return tl.dot(w, tl.trans(x), out_dtype=tl.int32 if INTEGER else tl.float32)
-    else:
-        return tl.dot(x, tl.trans(w), out_dtype=tl.int32 if INTEGER else tl.float32)
-
-
-@triton.jit
-def along_tokens(values, SWAP: tl.constexpr):
-    """Values per token [BM], shaped to broadcast over the products."""
-    return values[None, :] if SWAP else values[:, None]
-
-
-@triton.jit
-def along_channels(values, SWAP: tl.constexpr):
-    """Values per channel [BN], shaped to broadcast over the products."""
-    return values[:, None] if SWAP else values[None, :]
-
-
-@triton.jit
-def scale(y, x_scales, w_scales, X: tl.constexpr, W: tl.constexpr, SWAP: tl.constexpr):
-    """y times the scales per token that `x_scales` points to if X, and per channel alike if W."""
-    if X:
-        y *= along_tokens(tl.load(x_scales), SWAP)
-    if W:
-        y *= along_channels(tl.load(w_scales), SWAP)
-    return y
+from quantkit_kernels.scaled_mm.triton_parts import (
+    multiply,
+    scale,
+    store_tile,
+    subtract_zeros,
+    tile_of,
+    w_scales_of,
+)
 
 
 @triton.jit
@@ -59,7 +21,7 @@ def accumulate(
     w_pointers,
     x_scales,
     w_scales,
-    padded_n,
+    w_scale_stride,
     K,
     first,
     last,
@@ -74,7 +36,8 @@ def accumulate(
 
     Args:
         x_pointers: [BM, BK], at step `first`; w_pointers [BN, BK] alike.
-        x_scales: [BM], where rows' scales start; w_scales [BN] alike.
+        x_scales: [BM], where rows' scales start.
+        w_scales: of `w_scales_of`, for the first group; `w_scale_stride` from group to group.
         Others as of `scaled_gemm`.
 
     Returns:
@@ -84,8 +47,11 @@ def accumulate(
     BN: tl.constexpr = w_pointers.shape[0]
     BK: tl.constexpr = x_pointers.shape[1]
     GROUPED: tl.constexpr = X_GROUP > 0 or W_GROUP > 0
-    INTEGER: tl.constexpr = x_pointers.dtype.element_ty == tl.int8 and not GROUPED
-    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32 if INTEGER else tl.float32)
+    INTEGER: tl.constexpr = x_pointers.dtype.element_ty == tl.int8
+    IN_PLACE: tl.constexpr = INTEGER and not GROUPED
+    shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
+    nothing = tl.zeros(shape, tl.int32 if INTEGER else tl.float32)
+    acc = nothing if IN_PLACE else tl.zeros(shape, tl.float32)
     # Else ptxas sees a path round the loop that zeroes acc, and makes every wgmma wait (C7515).
     tl.assume(first < last)
     # With the depth given here, loads that feed no dot product are asynchronous too: the scales.
@@ -96,30 +62,20 @@ def accumulate(
         else:
             x = tl.load(x_pointers)
         w = tl.load(w_pointers)
-        # Hopper sums FP8 products in 14 bits: a step at a time, which fp32 additions join
-        # (arXiv 2412.19437, section 3.3.2).
-        products = multiply(x, w, SWAP, ASM)
-        if GROUPED:
-            x_group = x_scales + step * BK // max(X_GROUP, 1)
-            w_group = w_scales + step * BK // max(W_GROUP, 1) * padded_n
-            products = products.to(tl.float32)
-            products = scale(products, x_group, w_group, X_GROUP > 0, W_GROUP > 0, SWAP)
-        acc += products
+        if IN_PLACE:
+            acc = multiply(x, w, acc, SWAP, ASM)
+        else:
+            # Hopper sums FP8 products in 14 bits: a step at a time, which fp32 additions join
+            # (arXiv 2412.19437, section 3.3.2).
+            products = multiply(x, w, nothing, SWAP, ASM).to(tl.float32)
+            if GROUPED:
+                x_group = x_scales + step * BK // max(X_GROUP, 1)
+                w_group = w_scales + step * BK // max(W_GROUP, 1) * w_scale_stride
+                products = scale(products, x_group, w_group, X_GROUP > 0, W_GROUP > 0, SWAP)
+            acc += products
         x_pointers += BK
         w_pointers += BK
     return acc
-
-
-@triton.jit
-def store_tile(y, bias_ptr, out_ptr, split, M, N, tokens, channels, SWAP: tl.constexpr):
-    """out[split, m, n] = y[m, n] + bias[n], of y or its transpose where SWAP."""
-    if SWAP:
-        y = tl.trans(y)
-    inside = channels < N
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)[None, :]
-    out = out_ptr + (split * M + tokens).to(tl.int64)[:, None] * N + channels[None, :]
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(tokens < M)[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "k_steps", "split_steps"])
@@ -129,7 +85,9 @@ def scaled_gemm(
     codes_ptr,
     w_scales_ptr,
     sums_ptr,
+    zeros_ptr,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     M,
     N,
@@ -140,6 +98,7 @@ def scaled_gemm(
     split_steps,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
+    W_BLOCK: tl.constexpr,
     SCALES_AT: tl.constexpr,
     RAGGED: tl.constexpr,
     SWAP: tl.constexpr,
@@ -149,49 +108,46 @@ def scaled_gemm(
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """out[s, m, n] = sum_{k in s} sx[m, gx(k)] (x[m, k] - zx[m]) sw[n, gw(k)] w[n, k] + bias[n].
+    """out[s, m, n] = sum_{k in s} sx (x[m, k] - zx[m]) sw (w[n, k] - zw[n]) + bias[n] + residual.
 
-    Without groups the whole sum is scaled, with groups each step of k. SWAP computes the
-    transpose, so that few tokens fill the tensor cores, whose first operand has 64 rows.
+    Scales are sx[m, gx(k)] and sw[n, gw(k)]. Without groups the whole sum is scaled, with groups
+    each step of k. SWAP computes the transpose.
 
     Args:
         x_ptr: int8 or E4M3 rows, `x_stride` bytes each.
         x_scales_ptr: the same memory as float32.
         codes_ptr: int8, E4M3 or E5M2 [N', w_stride].
-        w_scales_ptr: float32 [G, N'].
-        sums_ptr: int32 [N'], sum_k w[n, k], or None where zx is 0; no groups then.
-        bias_ptr: [N] or None.
+        w_scales_ptr: float32 [G, N' / W_BLOCK].
+        sums_ptr: int32 [N'], sum_k (w[n, k] - zw[n]), or None where zx is 0; no groups then.
+        zeros_ptr: int32 [N'], zw, or None where it is 0; no groups then, and rows have a sum.
+        bias_ptr: [N] or None. residual_ptr: [M, N] or None.
         out_ptr: [splits, M, N]; float32 if there are several splits.
         k_steps: ceil(K / BK).
         split_steps: steps per split, so that no split is empty.
         X_GROUP: columns that share a scale of x, a multiple of BK; 0 if all do. W_GROUP alike.
-        SCALES_AT: float32 offset of a row's scales, which the zero-point follows.
+        W_BLOCK: channels that share the scales of their groups: 128, or 1.
+        SCALES_AT: float32 offset of a row's scales, which zero-point and sum follow.
         RAGGED: K is no multiple of BK.
     """
     m_tile, n_tile = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN))
     split = tl.program_id(1)
-    padded_n = tl.cdiv(N, 128) * 128
     channels = n_tile * BN + tl.arange(0, BN)
     tokens = m_tile * BM + tl.arange(0, BM)
     # Rows of x beyond M are read as its last row: their results are not stored, and no mask is due.
     rows = tl.minimum(tokens, M - 1).to(tl.int64)
     first = split * split_steps
-    last = tl.minimum(first + split_steps, k_steps)
-    columns = tl.arange(0, BK)
-    x_pointers = x_ptr + rows[:, None] * x_stride + (first * BK + columns)[None, :]
-    w_rows = channels.to(tl.int64)[:, None] * w_stride
-    w_pointers = codes_ptr + w_rows + (first * BK + columns)[None, :]
+    columns = (first * BK + tl.arange(0, BK))[None, :]
     x_scales = x_scales_ptr + rows * (x_stride // 4) + SCALES_AT
-    w_scales = w_scales_ptr + channels
+    w_scales = w_scales_of(w_scales_ptr, channels, n_tile * BN, W_BLOCK)
     acc = accumulate(
-        x_pointers,
-        w_pointers,
+        x_ptr + rows[:, None] * x_stride + columns,
+        codes_ptr + channels.to(tl.int64)[:, None] * w_stride + columns,
         x_scales,
         w_scales,
-        padded_n,
+        tl.cdiv(N, 128) * (128 // W_BLOCK),
         K,
         first,
-        last,
+        tl.minimum(first + split_steps, k_steps),
         X_GROUP,
         W_GROUP,
         RAGGED,
@@ -199,8 +155,7 @@ def scaled_gemm(
         STAGES,
         ASM,
     )
-    if sums_ptr is not None:
-        zeros = tl.load(x_scales + 1).to(tl.int32) * (split == 0).to(tl.int32)
-        acc -= along_tokens(zeros, SWAP) * along_channels(tl.load(sums_ptr + channels), SWAP)
+    whole = (split == 0).to(tl.int32)
+    acc = subtract_zeros(acc, x_scales, sums_ptr, zeros_ptr, channels, N, whole, SWAP)
     y = scale(acc.to(tl.float32), x_scales, w_scales, X_GROUP == 0, W_GROUP == 0, SWAP)
-    store_tile(y, bias_ptr, out_ptr, split, M, N, tokens, channels, SWAP)
+    store_tile(y, bias_ptr, residual_ptr, out_ptr, split, M, N, tokens, channels, SWAP)
