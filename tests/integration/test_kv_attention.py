@@ -204,6 +204,8 @@ def gpu_builder(drafts: int | None = None) -> Int4CUDABuilder:
         speculative_config=speculative,
         use_v2_model_runner=False,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        compilation_config=SimpleNamespace(static_forward_context={"layer": nn.Module()}),
     )
     return Int4CUDABuilder(None, ["layer"], config, torch.device("cpu"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
@@ -95,6 +96,23 @@ def current_config() -> Any:
     from vllm.config import get_current_vllm_config
 
     return get_current_vllm_config()
+
+
+def wants_batch_invariance() -> bool:
+    """True where the user asks that results do not depend on the batch (`VLLM_BATCH_INVARIANT`)."""
+    from vllm import envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
+def most_tokens() -> int:
+    """Tokens of the largest batch that a layer is given; encoders of images have no such limit."""
+    from vllm.config import get_current_vllm_config
+
+    config = get_current_vllm_config()
+    if config.model_config.is_multimodal_model:
+        return sys.maxsize
+    return int(config.scheduler_config.max_num_batched_tokens)
 
 
 def head_major_layouts() -> Any:

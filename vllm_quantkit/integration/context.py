@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from quantkit_kernels.tuning import batch_invariant, set_batch_invariant
 from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import ConfigError
 from vllm_quantkit.integration import compat
 from vllm_quantkit.integration.blocks import BLOCKS, DecoderLayers
-from vllm_quantkit.integration.fusion import fuse
+from vllm_quantkit.integration.fusion import fuse, fused
+from vllm_quantkit.integration.invariance import check_invariant
 from vllm_quantkit.integration.kv_cache import KVCache
 from vllm_quantkit.integration.names import LayerNames
 from vllm_quantkit.integration.report import LoadReport
 from vllm_quantkit.integration.smoothing import Smoothing
+from vllm_quantkit.integration.warm_up import WarmUp
 from vllm_quantkit.options import Options
 from vllm_quantkit.quantize.activation_stats import read_activation_stats
 from vllm_quantkit.quantize.methods.data_free import relative_error
@@ -44,12 +47,15 @@ class LoadContext:
     Attributes:
         report: counts layers and speaks at the end.
         kv_cache: of the model.
+        warm_up: compiles the packed layers' kernels.
     """
 
     def __init__(
         self, method: type[Method], options: Options, names: LayerNames, report: LoadReport
     ) -> None:
         self.report = report
+        set_batch_invariant(compat.wants_batch_invariance())
+        self.warm_up = WarmUp(torch.get_default_device())
         self.kv_cache = KVCache(options.kv_cache, report, int4=method.int4_cache)
         self._names = names
         self._layers = DecoderLayers()
@@ -88,6 +94,19 @@ class LoadContext:
         known = [self._stats[name] for name in stored if name in self._stats]
         return torch.stack(known).amax(0) if known else None
 
+    def check_invariant(
+        self, prefix: str, partitions: tuple[str, ...], spec: SchemeSpec, dtype: torch.dtype
+    ) -> None:
+        """A layer's results do not depend on the batch, where the user asks for that.
+
+        Raises:
+            UnsupportedScheme: they do.
+        """
+        if batch_invariant():
+            fixed = self.largest_inputs(partitions) is not None
+            device = torch.get_default_device()
+            check_invariant(prefix, spec, device, dtype, fixed_outliers=fixed)
+
     def arrived(
         self, label: str, spec: SchemeSpec, weight: Tensor, quantized: QuantizedWeight
     ) -> None:
@@ -101,6 +120,8 @@ class LoadContext:
     def ready(self, prefix: str, kernel: str) -> None:
         """A layer is packed; after the last one the model is completed and loading summarised."""
         self.report.ready(prefix, kernel, self._finish)
+        if self._complete:
+            self.warm_up.run(self.report.method, fused(self._layers), compat.most_tokens())
 
     def _prepare_smoothing(self, options: Options) -> None:
         if not self._stats:

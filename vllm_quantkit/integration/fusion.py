@@ -8,6 +8,7 @@ layer's own call takes them as they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -39,6 +40,13 @@ def fuse(layers: DecoderLayers) -> int:
     fused = [_attach(feed, norm_and_quantize) for feed in norms]
     fused += [_attach(feed, silu_and_quantize) for feed in silus]
     return sum(fused)
+
+
+def fused(layers: DecoderLayers) -> Iterator[Feed]:
+    """The norms and SiLUs that quantise for the layer behind them."""
+    for feed in (*layers.norm_feeds(), *layers.activation_feeds()):
+        if hasattr(feed.source, "quantizes_for"):
+            yield feed
 
 
 def norm_and_quantize(

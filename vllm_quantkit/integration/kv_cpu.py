@@ -25,7 +25,7 @@ from vllm_quantkit.integration.kv_steps import (
     pieces,
     plan,
 )
-from vllm_quantkit.integration.kv_warm_up import warm_up
+from vllm_quantkit.integration.kv_warm_up import warm_up_cpu
 
 READ_BYTES = 64 << 20
 """What the sums of one call of `attend` take at most, unless those of one request take more."""
@@ -115,7 +115,7 @@ class Int4CPUBuilder(AttentionMetadataBuilder[Int4CPUMetadata]):  # type: ignore
         self._scratch = Scratch()
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for layer in layers.values():
-            warm_up(layer, kv_cache_spec.block_size, vllm_config.model_config.dtype)
+            warm_up_cpu(layer, kv_cache_spec.block_size, vllm_config.model_config.dtype)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False

@@ -7,11 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
 from quantkit_kernels.kv_int4 import Batch, attend, prefill
 from vllm_quantkit.integration.kv_backend import Int4Impl, treatment
 from vllm_quantkit.integration.kv_refusals import check_causal
+from vllm_quantkit.integration.kv_warm_up import warm_up_gpu
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Int4CUDABuilder(AttentionMetadataBuilder[Int4CUDAMetadata]):  # type: igno
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **more)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        dtype, decoded = vllm_config.model_config.dtype, range(1, self._decoded + 1)
+        for layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).values():
+            warm_up_gpu(layer, kv_cache_spec.block_size, dtype, device, decoded)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -66,8 +72,13 @@ class Int4CUDABuilder(AttentionMetadataBuilder[Int4CUDAMetadata]):  # type: igno
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
         )
-        decodes = common.max_query_len <= (self.reorder_batch_threshold or 1)
+        decodes = common.max_query_len <= self._decoded
         return Int4CUDAMetadata(batch, common.num_actual_tokens, common.slot_mapping, decodes)
+
+    @property
+    def _decoded(self) -> int:
+        """Queries of a decoding request at most: 1, or 1 + drafts."""
+        return self.reorder_batch_threshold or 1
 
     def update_block_table(
         self, metadata: Int4CUDAMetadata, blk_table: Tensor, slot_mapping: Tensor

@@ -18,6 +18,7 @@ from vllm_quantkit.integration.context import LoadContext
 from vllm_quantkit.integration.loading import LayerLoader
 from vllm_quantkit.integration.memory import release_freed
 from vllm_quantkit.integration.sharding import RankShare
+from vllm_quantkit.integration.warm_up import Kind
 from vllm_quantkit.schemes import LinearScheme
 from vllm_quantkit.schemes.base import LinearKernel, PackedLayer
 
@@ -73,6 +74,7 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
             in_features=input_size_per_partition,
             full_in_features=input_size,
         )
+        self.context.check_invariant(self.prefix, self.partitions, self.scheme.spec, params_dtype)
         self._loader = LayerLoader(layer, self.scheme, self._share, self.context)
         self.context.report.expect(self.prefix)
         self._dummy = compat.loads_dummy_weights()
@@ -101,6 +103,7 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
             layer.weight = Parameter(parts[0][Role.SCALES].new_empty(0, dtype=self._dtype), False)
         if self._loader.quantises:
             release_freed()
+        self.context.warm_up.add(layer, self._kind(layer))
         self.context.ready(self.prefix, self._segments[0].kernel.name)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -109,6 +112,16 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return self._segments[0].apply(layer, x, bias)
         y = torch.cat([segment.apply(layer, x, None) for segment in self._segments], dim=-1)
         return y if bias is None else y + bias
+
+    def _kind(self, layer: Any) -> Kind:
+        """What decides which kernels a packed layer launches."""
+        owned = layer.named_parameters(recurse=False)
+        return Kind(
+            kernels=tuple(segment.kernel for segment in self._segments),
+            tensors=tuple((name, tensor.dtype, tensor.shape) for name, tensor in owned),
+            width=self._share.in_features,
+            dtype=self._dtype,
+        )
 
     def _partition_names(self, count: int) -> tuple[str, ...]:
         """A name for each of the rows' `count` partitions, also where one tensor holds them all."""
