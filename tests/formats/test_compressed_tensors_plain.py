@@ -209,6 +209,14 @@ PUBLISHED = {
         ),
         scheme_spec("int-quantized", ActivationSpec(code="int8", symmetric=False)),
     ),
+    "W8A8 with zero-points on both sides": (
+        published(
+            "int-quantized",
+            numerics("int", "channel", symmetric=False),
+            numerics("int", "token", symmetric=False),
+        ),
+        scheme_spec("int-quantized", ActivationSpec(code="int8", symmetric=False), symmetric=False),
+    ),
     "W8A8 static asymmetric": (
         published(
             "int-quantized",

@@ -87,7 +87,6 @@ PLAIN_REFUSED = [
     ("naive-quantized", {**INT8, "strategy": "token"}, None, "strategy", "'token'", "'channel'"),
     ("naive-quantized", {**INT8, "num_bits": 16}, None, "num_bits", "is 16", "4 or 8 bits"),
     ("int-quantized", {**INT8, "num_bits": 4}, INT_ROWS, "weights", "4 bits", "null"),
-    ("int-quantized", {**INT8, "symmetric": False}, INT_ROWS, "weights", "asymmetric", "null"),
     (
         "int-quantized",
         {**INT8, "strategy": "group", "group_size": 64},

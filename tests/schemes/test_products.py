@@ -13,7 +13,7 @@ from vllm_quantkit.options import LayerOptions
 from vllm_quantkit.quantize.methods.data_free import quantize_data_free, relative_error
 from vllm_quantkit.schemes import get_method, w8a8
 from vllm_quantkit.schemes.linear import linear_scheme
-from vllm_quantkit.spec import ALL_ROWS, PER_CHANNEL, WeightSpec
+from vllm_quantkit.spec import ALL_ROWS, PER_CHANNEL, ActivationSpec, SchemeSpec, WeightSpec
 
 N, K = 96, 256
 ROUNDED_SUMS = 3e-6
@@ -69,6 +69,27 @@ def test_rows_quantised_before_are_taken_as_they_are():
 
     apply = packed.kernel.apply
     assert torch.equal(apply(rows, packed.tensors, None), apply(x, packed.tensors, None))
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric rows", "asymmetric rows"])
+def test_integers_with_zero_points_on_both_sides(symmetric):
+    spec = SchemeSpec(
+        dialect="compressed-tensors",
+        variant="int-quantized",
+        weight=WeightSpec(bits=8, group_size=PER_CHANNEL, symmetric=False),
+        activation=ActivationSpec(code="int8", symmetric=symmetric),
+    )
+    weight, x = weight_and_input()
+    quantized = quantize_data_free(weight + 1, spec.weight, "none")
+    assert (quantized.zeros != 128).all()
+
+    packed = linear_scheme(spec).pack(parts_of(quantized), torch.float32)
+
+    quantizer = RowQuantizer("int8", symmetric=symmetric, sum_group=K)
+    assert packed.kernel.quantizer == quantizer
+    y = packed.kernel.apply(x, packed.tensors, None)
+    rows = reference_quantize(x, quantizer).dequantize()
+    assert error(y, rows @ quantized.dequantize().T) <= ROUNDED_SUMS
 
 
 def test_llm_int8_with_statistics_fixes_its_outliers():
