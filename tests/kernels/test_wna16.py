@@ -43,7 +43,9 @@ def to_device(weight: QuantizedWeight, device: str) -> QuantizedWeight:
     return QuantizedWeight(*(t.to(device) for t in tensors), weight.bits, weight.code_type)
 
 
-def arguments(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[object, ...]:
+def arguments(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None = None
+) -> tuple[object, ...]:
     return (
         x,
         weight.codes,
@@ -56,6 +58,8 @@ def arguments(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[obj
         weight.in_features,
         weight.out_features,
         weight.code_type,
+        weight.zero,
+        residual,
     )
 
 
@@ -67,10 +71,12 @@ def test_opcheck(device: str, dtype: torch.dtype, bits: int, act_order: bool) ->
     weight = random_weight(48, 96, bits=bits, group_size=32, act_order=act_order)
     packed = pack_weight(to_device(weight, device), dtype)
     bias = torch.randn(48, dtype=dtype, device=device)
-    for x in (torch.randn(5, 96), torch.randn(2, 3, 96), torch.randn(0, 96)):
+    for shape in ((5, 96), (2, 3, 96), (0, 96)):
+        x = torch.randn(shape).to(device, dtype)
+        residual = None if len(shape) == 3 else torch.randn(shape[0], 48).to(device, dtype)
         torch.library.opcheck(
             torch.ops.quantkit.wna16_linear.default,
-            arguments(x.to(device, dtype), packed, bias),
+            arguments(x, packed, bias, residual),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
 
@@ -87,12 +93,29 @@ def test_op_matches_reference(device: str, dtype: torch.dtype, act_order: bool) 
     assert relative_error(y.cpu(), x, weight, bias.to(dtype)) <= MAX_ERROR[dtype]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [3, 1100])
+def test_op_adds_a_residual(device: str, dtype: torch.dtype, m: int) -> None:
+    """1100 tokens may be multiplied on another road than 3."""
+    weight = random_weight(96, 128, group_size=64)
+    packed = pack_weight(to_device(weight, device), dtype)
+    x, bias = random_inputs(m, 128, dtype=dtype), torch.randn(96).to(dtype)
+    residual = torch.randn(m, 96).to(dtype)
+    y = wna16_linear(x.to(device), packed, bias.to(device), residual.to(device))
+    assert y.dtype == dtype
+    expected = reference_linear(x, weight, bias) + residual.float()
+    # y may be rounded before the residual is added, and again with it.
+    assert (y.cpu().float() - expected).norm() <= 2 * MAX_ERROR[dtype] * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_generic_backend_matches_reference(dtype: torch.dtype, bits: int) -> None:
     weight = random_weight(33, 200, bits=bits, group_size=48, act_order=True)
     x, bias = random_inputs(5, 200, dtype=dtype), torch.randn(33)
-    packed = generic.pack(make_uniform(weight), dtype)
+    packed = generic.pack(make_uniform(weight, generic.CONTAINERS), dtype)
+    assert packed.bits == {2: 2, 3: 4, 4: 4}.get(bits, 8)
     y = generic.linear(*arguments(x, packed, bias))
     assert y.dtype == dtype
     assert relative_error(y, x, weight, bias) <= MAX_ERROR[dtype]
@@ -174,6 +197,19 @@ def test_refusals(x: Tensor, bias: Tensor | None, message: str) -> None:
     packed = pack_weight(random_weight(32, 64, group_size=32), torch.float32)
     with pytest.raises(ValueError, match=message):
         wna16_linear(x, packed, bias)
+
+
+def test_refuses_a_residual_of_another_shape() -> None:
+    packed = pack_weight(random_weight(32, 64, group_size=32), torch.float32)
+    message = r"residual has shape \(2, 32\), expected \(3, 32\)"
+    with pytest.raises(ValueError, match=message):
+        wna16_linear(torch.randn(3, 64), packed, residual=torch.randn(2, 32))
+
+
+def test_refuses_containers_of_no_device() -> None:
+    packed = pack_weight(random_weight(32, 64, group_size=32), torch.float32)
+    with pytest.raises(ValueError, match="codes of 3 bits are not served"):
+        wna16_linear(torch.randn(1, 64), replace(packed, bits=3))
 
 
 def test_pack_refuses_dtype_and_group_index() -> None:

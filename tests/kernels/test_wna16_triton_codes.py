@@ -8,7 +8,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.runtime.interpreter import TensorHandle
 
 from quantkit_kernels.code_types import code_values
@@ -22,7 +21,6 @@ from quantkit_kernels.wna16.triton_codes import (
     unpack_float8,
 )
 from quantkit_kernels.wna16.triton_tiles import TileConfig
-from quantkit_kernels.wna16.weights import PackedWeight
 from tests.kernels.interpreted import (
     error,
     in_interpreter,
@@ -30,6 +28,7 @@ from tests.kernels.interpreted import (
     run_in_interpreter,
     starts_the_interpreter,
 )
+from tests.kernels.wna16_triton_cases import FP32_ERROR, run, run_tile
 
 BITS = {"e4m3": 8, "e5m2": 8, "nf4": 4, "fp4": 4}
 FLOATS, BOOKS = ("e4m3", "e5m2"), ("nf4", "fp4")
@@ -40,9 +39,6 @@ at 11 bits, and eight times as much at 8."""
 
 VALUES_ROUNDED = {torch.float16: 2e-4, torch.bfloat16: 2e-3}
 """Values of a code book rounded to 11 or 8 bits, their scales exact."""
-
-FP32_ERROR = 2e-6
-"""Exact weights and fp32 sums, in another order than the reference's."""
 
 
 @pytest.fixture(autouse=True)
@@ -75,19 +71,6 @@ def random_weight(
         bits=BITS[code_type],
         code_type=code_type,
     )
-
-
-def run(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    tensors = (packed.codes, packed.scales, packed.zeros, packed.gather, bias)
-    sizes = (packed.bits, packed.group_size, packed.in_features, packed.out_features)
-    return backend.linear(x, *tensors, *sizes, packed.code_type)
-
-
-def run_tile(x: Tensor, packed: PackedWeight, tile: TileConfig) -> Tensor:
-    y = torch.empty(x.shape[0], packed.out_features, dtype=torch.float32)
-    kind = (packed.bits, packed.code_type, packed.group_size)
-    backend.run_tiled(x, packed.codes, packed.scales, None, *kind, y, tile)
-    return y
 
 
 @interpreter
@@ -202,7 +185,7 @@ OPERATIONS = {
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
     "prmt.b32": prmt,
-    "lop3.b32": lambda a, b, c, table: {0xCA: (a & b) | (~a & c)}[table],
+    "lop3.b32": lambda a, b, c, table: {0xCA: (a & b) | (~a & c), 0xEA: (a & b) | c}[table],
 }
 
 

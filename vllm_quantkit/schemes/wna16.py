@@ -47,6 +47,7 @@ class WNA16(LinearScheme):
             in_features=packed.in_features,
             out_features=packed.out_features,
             code_type=packed.code_type,
+            zero=packed.zero,
         )
         return PackedLayer(tensors, kernel)
 
@@ -61,6 +62,7 @@ class WNA16Kernel:
     in_features: int
     out_features: int
     code_type: str
+    zero: int | None = None
     quantizer: ClassVar[None] = None
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -77,5 +79,6 @@ class WNA16Kernel:
             self.in_features,
             self.out_features,
             self.code_type,
+            self.zero,
         )
         return y

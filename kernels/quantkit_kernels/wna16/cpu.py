@@ -21,6 +21,9 @@ from quantkit_kernels.cpu.panels import pack_codes, pad_bias, panels
 from quantkit_kernels.cpu.run import address, new_block, plan, run
 from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
+CONTAINERS = (4, 8)
+"""Widths in which codes are stored."""
+
 REGROUP_ROWS = 4
 """Above this many rows, activations are copied so that a group's rows lie next to each other:
 rows a power of two apart would fall into the same few lines of the first-level cache."""
@@ -85,11 +88,14 @@ def linear(
     in_features: int,
     out_features: int,
     code_type: CodeType,
+    zero: None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = [x, 0][:, gather] (scales value(codes))^T + bias, accumulated in float32.
+    """y = [x, 0][:, gather] (scales value(codes))^T + bias + residual, accumulated in float32.
 
     Args:
         x: [M, K]. Others as packed by `pack`.
+        residual: [M, N] or None. It is added to the rounded y where x is bfloat16.
 
     Returns:
         [M, N] in the dtype of `x`.
@@ -104,6 +110,8 @@ def linear(
         inputs = _lay_out(pieces, groups, with_sums=zeros is not None)
         _run(kernel, inputs, codes, scales, zeros, pad_bias(bias, columns), out)
     y = out if out.shape[1] == out_features else out[:, :out_features].contiguous()
+    if residual is not None:
+        y += residual
     return y if is_bf16 else y.to(x.dtype)
 
 

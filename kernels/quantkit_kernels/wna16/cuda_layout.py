@@ -1,4 +1,4 @@
-"""The canonical CUDA layout of weights: tiles of 64 rows x 128 columns, in MMA order.
+"""The canonical CUDA layout of weights: tiles of 128 rows x 128 columns, in MMA order.
 
 A tensor-core A fragment gives thread t (lane % 4) of row n the columns 16 c + 8 j + 2 t + b for
 b, j in {0, 1} and every c. A word holds such columns only, so that unpacking it fills the
@@ -12,8 +12,16 @@ registers of the thread that loaded it and no weight ever moves between threads:
          +----+----+----+----+----+----+----+----+      +---------+---------+---------+---------+
       from 32 v + 2 t                                from 64 h + 16 v + 2 t
 
+    2 bits, word (t, v) of a row, from column 64 v + 2 t:
+
+      bits 0    2    4    6    8   10   12   14   16   18            30
+         +----+----+----+----+----+----+----+----+----+----+--    +----+
+      k  | +0 |+16 |+32 |+48 | +8 |+24 |+40 |+56 | +1 |+17 | ...  |+57 |
+         +----+----+----+----+----+----+----+----+----+----+--    +----+
+
 One `(word >> s) & mask` therefore yields two neighbouring columns, one in each 16-bit half.
-A group of 16, 32, 64 or 128 columns never splits a v of 8 bits, nor, above 16, a v of 4 bits.
+A group of 16 columns never splits a pair, nor a group of 16 a word of 8 bits, of 32 one of 4 bits,
+of 64 one of 2 bits.
 
 Tiles are contiguous and follow each other along k, so a program reads its weights in order.
 Scale and zero-point share a word: see `pack_scales`.
@@ -24,24 +32,21 @@ from torch import Tensor
 
 from quantkit_kernels.packing import pack_aligned, unpack_aligned
 
-TILE_N = 64
-"""Rows of a tile."""
+TILE_N = 128
+"""Rows of a tile. Kernels may take half a tile; rows are padded to whole ones."""
 
 TILE_K = 128
 """Columns of a tile."""
 
-ROW_MULTIPLE = 128
-"""Rows are padded to a multiple of this, so that kernels may take 64 or 128 at once unmasked."""
-
-# (v, j16, j8, t, b) at 4 bits and (h, v, j8, t, b) at 8: how 128 columns split, slowest first.
-_COLUMN_AXES = {4: (4, 2, 2, 4, 2), 8: (2, 4, 2, 4, 2)}
+# (v, c, j8, t, b) at 2 and 4 bits and (h, v, j8, t, b) at 8: how 128 columns split, slowest first.
+_COLUMN_AXES = {2: (2, 4, 2, 4, 2), 4: (4, 2, 2, 4, 2), 8: (2, 4, 2, 4, 2)}
 # Those axes in storage order: first the word's, then the position in the word, highest bits first.
-_STORAGE_ORDER = {4: (3, 0, 4, 2, 1), 8: (0, 3, 1, 4, 2)}
+_STORAGE_ORDER = {2: (3, 0, 4, 2, 1), 4: (3, 0, 4, 2, 1), 8: (0, 3, 1, 4, 2)}
 
 
 def padded_rows(out_features: int) -> int:
     """N' = ceil(N / 128) * 128."""
-    return -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
+    return -(-out_features // TILE_N) * TILE_N
 
 
 def padded_columns(columns: int) -> int:
@@ -49,34 +54,32 @@ def padded_columns(columns: int) -> int:
     return -(-columns // TILE_K) * TILE_K
 
 
-def pack_codes(codes: Tensor, bits: int, *, integer: bool = True) -> Tensor:
-    """words[i, j, r, w] = the codes of row 64 i + r at the columns of word w of k tile j.
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """words[i, j, r, w] = the codes of row 128 i + r at the columns of word w of k tile j.
 
     Args:
         codes: uint8 [N, K'], each below 2**bits. Padding rows and columns get code 0.
-        bits: 4 or 8.
-        integer: 8-bit codes are stored in two's complement, as code - 128.
+        bits: 2, 4 or 8.
 
     Returns:
-        int32 [N' / 64, K'' / 128, 64, 4 * bits].
+        int32 [N' / 128, K'' / 128, 128, 4 * bits].
     """
     rows, columns = codes.shape
     padding = (0, padded_columns(columns) - columns, 0, padded_rows(rows) - rows)
     padded = torch.nn.functional.pad(codes, padding)
-    stored = padded ^ 0x80 if bits == 8 and integer else padded
-    split = stored.unflatten(0, (-1, TILE_N)).unflatten(2, (-1, *_COLUMN_AXES[bits]))
+    split = padded.unflatten(0, (-1, TILE_N)).unflatten(2, (-1, *_COLUMN_AXES[bits]))
     ordered = split.permute(0, 2, 1, *(3 + axis for axis in _STORAGE_ORDER[bits]))
     return pack_aligned(ordered.flatten(3), bits).contiguous()
 
 
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
-    """Inverse of `pack_codes` for integers: uint8 [N', K''], padding included."""
+    """Inverse of `pack_codes`: uint8 [N', K''], padding included."""
     axes, order = _COLUMN_AXES[bits], _STORAGE_ORDER[bits]
     stored = unpack_aligned(words, bits, TILE_K).unflatten(3, [axes[axis] for axis in order])
     inverse = [order.index(axis) for axis in range(len(order))]
     split = stored.permute(0, 2, 1, *(3 + axis for axis in inverse))
     codes: Tensor = split.flatten(2).flatten(0, 1)
-    return codes if bits == 4 else codes.bitwise_xor(0x80)
+    return codes
 
 
 def pack_scales(scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:
@@ -87,9 +90,9 @@ def pack_scales(scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor
     exact 16-bit pair (byte permute). A 32-bit word can be loaded asynchronously, 16 bits cannot.
 
     Args:
-        scales: float32 [N, K' / g].
-        zeros: uint8 [N, K' / g], or None: a word is all scale, exactly.
-        group_size: g, which divides 128.
+        scales: float32 [N, K' / g], or [N, 1] of rows with one scale each.
+        zeros: uint8, shaped as `scales`, or None: a word is all scale, exactly.
+        group_size: g, which divides 128, or K'' of whole rows.
 
     Returns:
         int32 [K'' / g, N']; padding has scale 0.

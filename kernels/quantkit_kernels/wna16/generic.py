@@ -8,6 +8,9 @@ from quantkit_kernels.packing import pack_aligned, unpack_aligned
 from quantkit_kernels.quant_math import dequantize_codes
 from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
+CONTAINERS = (2, 4, 8)
+"""Widths in which codes are stored."""
+
 
 def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
     """Codes int32 [N, K' * bits / 32] with code k of a row in bit order; scales fp32 [N, G]."""
@@ -37,11 +40,14 @@ def linear(
     in_features: int,
     out_features: int,
     code_type: CodeType,
+    zero: None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = [x, 0][:, gather] (scales value(codes))^T + bias, in fp32.
+    """y = [x, 0][:, gather] (scales value(codes))^T + bias + residual, in fp32.
 
     Args:
         x: [M, K]. Others as packed by `pack`.
+        residual: [M, N] or None.
 
     Returns:
         [M, N] in the dtype of `x`.
@@ -53,4 +59,6 @@ def linear(
     else:
         weight = code_values(code_type).to(codes.device)[grouped.long()] * scales.unsqueeze(-1)
     y = gather_inputs(x, gather, columns).float() @ weight.flatten(1).T
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    for addend in (bias, residual):
+        y = y if addend is None else y + addend.float()
+    return y.to(x.dtype)

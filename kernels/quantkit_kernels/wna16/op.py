@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantkit_kernels.devices import DISPATCH, backend, check_activations
 from quantkit_kernels.wna16.weights import (
+    CONTAINER_BITS,
     CONTAINER_OF,
     PackedWeight,
     QuantizedWeight,
@@ -18,7 +19,8 @@ from quantkit_kernels.wna16.weights import (
 torch.library.define(
     "quantkit::wna16_linear",
     "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? gather, Tensor? bias, "
-    "int bits, int group_size, int in_features, int out_features, str code_type) -> Tensor",
+    "int bits, int group_size, int in_features, int out_features, str code_type, "
+    "int? zero=None, Tensor? residual=None) -> Tensor",
 )
 
 
@@ -33,19 +35,24 @@ def pack_weight(weight: QuantizedWeight, dtype: torch.dtype) -> PackedWeight:
         ValueError: the dtype is none of these, or the weight's group index is out of range.
     """
     check_activations(dtype)
-    packed: PackedWeight = backend("wna16", weight.codes.device.type).pack(
-        make_uniform(weight), dtype
-    )
+    device = backend("wna16", weight.codes.device.type)
+    packed: PackedWeight = device.pack(make_uniform(weight, device.CONTAINERS), dtype)
     return packed
 
 
-def wna16_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """y[m, n] = sum_k x[m, k] scales[n, g(k)] value(codes[n, k]) + bias[n].
+def wna16_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y[m, n] = sum_k x[m, k] scales[n, g(k)] value(codes[n, k]) + bias[n] + residual[m, n].
 
     Args:
         x: float16, bfloat16 or float32 [..., K].
         weight: packed for the dtype and device of `x`.
         bias: [N] or None.
+        residual: [..., N] or None.
 
     Returns:
         [..., N] in the dtype of `x`.
@@ -62,6 +69,8 @@ def wna16_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) ->
         weight.in_features,
         weight.out_features,
         weight.code_type,
+        weight.zero,
+        residual,
     )
     return y
 
@@ -79,14 +88,17 @@ def _fake(
     in_features: int,
     out_features: int,
     code_type: str,
+    zero: int | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    check_arguments(x, bias, bits, in_features, out_features, code_type)
+    check_arguments(x, bias, residual, bits, in_features, out_features, code_type)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 def check_arguments(
     x: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     bits: int,
     in_features: int,
     out_features: int,
@@ -95,14 +107,17 @@ def check_arguments(
     """Refuse what no kernel can run, naming the value.
 
     Raises:
-        ValueError: x, bias, bits or code type do not fit the weight.
+        ValueError: x, bias, residual, bits or code type do not fit the weight.
     """
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} channels, but the weight takes {in_features}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out_features},)")
-    if bits not in (4, 8):
-        raise ValueError(f"codes of {bits} bits are not served; containers are 4 or 8 bits")
+    y_shape = (*x.shape[:-1], out_features)
+    if residual is not None and residual.shape != y_shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, expected {y_shape}")
+    if bits not in CONTAINER_BITS:
+        raise ValueError(f"codes of {bits} bits are not served; containers are 2, 4 or 8 bits")
     if code_type != "int" and CONTAINER_OF.get(code_type) != bits:
         raise ValueError(
             f"codes of type {code_type} in {bits} bits are not served; use int, or one of "
@@ -124,12 +139,15 @@ def _implementation(device_type: str) -> Callable[..., Tensor]:
         in_features: int,
         out_features: int,
         code_type: str,
+        zero: int | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        check_arguments(x, bias, bits, in_features, out_features, code_type)
-        kind = (bits, group_size, in_features, out_features, code_type)
+        check_arguments(x, bias, residual, bits, in_features, out_features, code_type)
+        kind = (bits, group_size, in_features, out_features, code_type, zero)
         rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+        added = None if residual is None else residual.reshape(-1, out_features)
         y: Tensor = backend("wna16", device_type).linear(
-            rows, codes, scales, zeros, gather, bias, *kind
+            rows, codes, scales, zeros, gather, bias, *kind, added
         )
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 

@@ -1,15 +1,21 @@
 """CUDA: packs for and launches the Triton kernels.
 
-Up to `DENSE_TOKENS` tokens, weights are dequantised in registers. Beyond, and for float32, they
-are dequantised a chunk of rows at a time for cuBLAS, which then costs less than the arithmetic.
-No launch synchronises or depends on values, so all may be captured in a CUDA graph.
+Few tokens are multiplied with weights dequantised in registers. For many, where the tile says so,
+and for float32, weights are dequantised a chunk of rows at a time for cuBLAS, which then costs less
+than the arithmetic. No launch synchronises or depends on values, so all may be captured in a CUDA
+graph.
 """
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from quantkit_kernels.code_types import CODE_BOOKS, CodeType
+from quantkit_kernels.code_types import CodeType
+from quantkit_kernels.tile_choice import wna16_tile
 from quantkit_kernels.triton_common import add_splits, device_of
 from quantkit_kernels.wna16.cuda_layout import (
     TILE_K,
@@ -18,12 +24,14 @@ from quantkit_kernels.wna16.cuda_layout import (
     pack_scales,
     padded_columns,
 )
+from quantkit_kernels.wna16.triton_dequantise import WHOLE_ROW
 from quantkit_kernels.wna16.triton_kernels import dequantise_rows, wna16_gemm
-from quantkit_kernels.wna16.triton_tiles import TileConfig, select_tile
+from quantkit_kernels.wna16.triton_tiles import TileConfig
 from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
-DENSE_TOKENS = 1024
-"""From this many tokens on, cuBLAS on dequantised weights is faster."""
+CONTAINERS = (2, 4, 8)
+"""Widths in which codes are stored. 3 bits in a word of their own would take more instructions per
+weight than the memory they save is worth."""
 
 DENSE_CHUNK = 1 << 24
 """Weights dequantised at a time: 32 MiB in 16 bits, so that cuBLAS finds most of them in L2."""
@@ -32,28 +40,80 @@ DENSE_WARPS = 8
 """Of `dequantise_rows`: with 4, a tile of float32 does not fit the registers."""
 
 
+DENSE_ROWS = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
+"""Rows that one program of `dequantise_rows` writes."""
+
+
+class Operand(NamedTuple):
+    """A packed weight as kernels take it.
+
+    Attributes:
+        codes: int32, `pack_codes`.
+        scales: int32, `pack_scales`.
+        bits: container width.
+        code_type: what a code stands for.
+        group_size: columns that share a scale, all of them where a whole row does.
+        zero: the zero-point of all groups, or None where scale words hold them.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    code_type: CodeType
+    group_size: int
+    zero: int | None
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """The constexpr arguments of a kernel that reads it."""
+        return {
+            "BITS": self.bits,
+            "CODE": self.code_type,
+            "G": self.group_size if self.group_size <= TILE_K else WHOLE_ROW.value,
+            "ZERO": self.zero,
+            "ASM": self.codes.is_cuda,
+        }
+
+
 def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
-    """Codes and scales in the layout of `cuda_layout`; one layout for all dtypes."""
-    columns = weight.codes.shape[1]
-    missing = padded_columns(columns) - columns
+    """Codes and scales in the layout of `cuda_layout`; one layout for all dtypes.
+
+    A row whose groups all have one scale and zero-point has them once, as a whole.
+    """
+    columns = padded_columns(weight.codes.shape[1])
     gather = weight.gather
     if gather is not None:
+        missing = columns - gather.numel()
         gather = torch.nn.functional.pad(gather, (0, missing), value=weight.in_features)
-    bits, code_type = weight.container_bits, weight.code_type
-    integer = code_type == "int"
+    bits, code_type, group_size = weight.container_bits, weight.code_type, weight.group_size
+    scales, zeros = weight.scales, weight.zeros if code_type == "int" else None
+    if columns > TILE_K and _same_in_a_row(scales) and (zeros is None or _same_in_a_row(zeros)):
+        group_size, scales, zeros = columns, scales[:, :1], None if zeros is None else zeros[:, :1]
     route = "dequantise + cuBLAS" if dtype == torch.float32 else "tensor cores"
+    suffix = "" if code_type == "int" else f" {code_type.upper()}"
     return PackedWeight(
-        codes=pack_codes(weight.codes, bits, integer=integer),
-        scales=pack_scales(weight.scales, weight.zeros if integer else None, weight.group_size),
+        codes=pack_codes(weight.codes, bits),
+        scales=pack_scales(scales, zeros, group_size),
         zeros=None,
         gather=gather,
         bits=bits,
-        group_size=weight.group_size,
+        group_size=group_size,
         in_features=weight.in_features,
         out_features=weight.codes.shape[0],
-        kernel=f"Triton W{bits}A16{'' if integer else f' {code_type.upper()}'}, {route}",
+        kernel=f"Triton W{bits}A16{suffix}, {route}",
         code_type=code_type,
+        zero=None if zeros is None else _common_zero(zeros),
     )
+
+
+def _same_in_a_row(values: Tensor) -> bool:
+    return bool((values == values[:, :1]).all())
+
+
+def _common_zero(zeros: Tensor) -> int | None:
+    """The zero-point of all groups of all rows, if it is one."""
+    first = zeros[0, 0]
+    return int(first) if bool((zeros == first).all()) else None
 
 
 def linear(
@@ -68,11 +128,14 @@ def linear(
     in_features: int,
     out_features: int,
     code_type: CodeType,
+    zero: int | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = [x, 0][:, gather] (scales value(codes))^T + bias, accumulated in fp32.
+    """y = [x, 0][:, gather] (scales value(codes))^T + bias + residual, accumulated in fp32.
 
     Args:
         x: float16, bfloat16 or float32 [M, K]. Others as packed by `pack`.
+        residual: [M, N] or None.
 
     Returns:
         [M, N] in the dtype of `x`.
@@ -81,28 +144,30 @@ def linear(
     inputs = gather_inputs(x, gather, columns).contiguous()
     m = inputs.shape[0]
     y = torch.empty(m, out_features, dtype=x.dtype, device=x.device)
+    weight = Operand(codes, scales, bits, code_type, group_size, zero)
+    added = None if residual is None else residual.contiguous()
     with torch.cuda.device_of(x):
-        if x.dtype == torch.float32 or m >= DENSE_TOKENS:
-            run_dense(inputs, codes, scales, bias, bits, code_type, group_size, y)
+        if x.dtype == torch.float32:
+            run_dense(inputs, weight, bias, added, y)
         elif m > 0:
-            shape, book = (m, out_features, columns), code_type in CODE_BOOKS
-            tile = select_tile(*shape, bits, group_size, device_of(x), code_book=book)
-            run_tiled(inputs, codes, scales, bias, bits, code_type, group_size, y, tile)
+            shape = (m, out_features, columns)
+            tile = wna16_tile(*shape, bits, group_size, code_type, device_of(x))
+            if tile.dense:
+                run_dense(inputs, weight, bias, added, y)
+            else:
+                run_tiled(inputs, weight, bias, added, y, tile)
     return y
 
 
 def run_tiled(
     x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
+    weight: Operand,
     bias: Tensor | None,
-    bits: int,
-    code_type: CodeType,
-    group_size: int,
+    residual: Tensor | None,
     y: Tensor,
     tile: TileConfig,
 ) -> None:
-    """y = x W^T + bias with W dequantised in registers, cut as `tile` says.
+    """y = x W^T + bias + residual with W dequantised in registers, cut as `tile` says.
 
     Args:
         x: float16 or bfloat16 [M, K''], M at least 1.
@@ -111,71 +176,63 @@ def run_tiled(
     m, n = y.shape
     split = tile.splits > 1
     out = torch.empty(tile.splits, m, n, dtype=torch.float32, device=y.device) if split else y
-    k_tiles = codes.shape[1]
+    k_tiles = weight.codes.shape[1]
     grid = (triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m), tile.splits)
     wna16_gemm[grid](
         x,
-        codes,
-        scales,
+        weight.codes,
+        weight.scales,
         None if split else bias,
+        None if split else residual,
         out,
         m,
         n,
         k_tiles,
         triton.cdiv(k_tiles, tile.splits),
-        BITS=bits,
-        CODE=code_type,
-        G=group_size,
+        **weight.constants,
         BM=tile.block_m,
         BN=tile.block_n,
         SCALE=tile.scale_weights,
         STAGES=tile.stages,
-        ASM=x.is_cuda,
         num_warps=tile.warps,
         enable_fp_fusion=True,
     )
     if split:
-        add_splits(out, bias, y)
+        add_splits(out, bias, y, residual)
 
 
 def run_dense(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    code_type: CodeType,
-    group_size: int,
-    y: Tensor,
+    x: Tensor, weight: Operand, bias: Tensor | None, residual: Tensor | None, y: Tensor
 ) -> None:
-    """y = x W^T + bias with W dequantised to the dtype of `x`, a chunk of its rows at a time.
+    """y = x W^T + bias + residual with W dequantised to the dtype of `x`, some rows at a time.
 
     Args:
         x: float [M, K''].
         y: [M, N], written.
     """
     n, columns = y.shape[1], x.shape[1]
-    rows = min(max(DENSE_CHUNK // columns // TILE_N, 1), codes.shape[0]) * TILE_N
+    rows = min(max(DENSE_CHUNK // columns // TILE_N, 1), weight.codes.shape[0]) * TILE_N
     scratch = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     for first in range(0, n, rows):
-        count = min(rows, n - first)
-        grid = (triton.cdiv(count, TILE_N), codes.shape[1])
+        chunk = slice(first, min(first + rows, n))
+        count = chunk.stop - first
+        grid = (triton.cdiv(count, DENSE_ROWS[x.dtype]), weight.codes.shape[1])
         dequantise_rows[grid](
-            codes,
-            scales,
+            weight.codes,
+            weight.scales,
             scratch,
             n,
-            first // TILE_N,
-            codes.shape[1],
-            BITS=bits,
-            CODE=code_type,
-            G=group_size,
-            ASM=x.is_cuda,
+            first,
+            weight.codes.shape[1],
+            **weight.constants,
+            ROWS=DENSE_ROWS[x.dtype],
             num_warps=DENSE_WARPS,
             enable_fp_fusion=True,
         )
-        transposed, out = scratch[:count].T, y[:, first : first + count]
-        if bias is None:
-            torch.mm(x, transposed, out=out)
+        addends = [] if bias is None else [bias[chunk]]
+        addends += [] if residual is None else [residual[:, chunk]]
+        transposed, out = scratch[:count].T, y[:, chunk]
+        if addends:
+            torch.addmm(sum(addends[1:], addends[0]).to(x.dtype), x, transposed, out=out)
         else:
-            torch.addmm(bias[first : first + count].to(x.dtype), x, transposed, out=out)
+            torch.mm(x, transposed, out=out)

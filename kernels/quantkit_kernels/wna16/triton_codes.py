@@ -17,32 +17,34 @@ import triton
 import triton.language as tl
 
 from quantkit_kernels.code_types import CODE_BOOKS
-from quantkit_kernels.wna16.triton_unpack import and_or, mul_pair
+from quantkit_kernels.wna16.triton_pairs import and_or, mul_pair
 
 _LOOK_UP = """{{
-.reg .b32 s, u, m, x, y, a, b, c, d;
-and.b32 s, $4, 0x77777777;
+.reg .b32 s, t, u, m, x, y, a, b, c, d;
+and.b32 t, $4, 0x77777777;
 shl.b32 u, $4, 4;
-prmt.b32 m, u, $4, 0xd9c8;
-{low_half}
-shr.u32 s, s, 16;
-prmt.b32 m, u, $4, 0xfbea;
-{high_half}
-prmt.b32 x, a, b, 0x5140;
-prmt.b32 y, c, d, 0x5140;
-prmt.b32 $0, x, y, 0x5410;
-prmt.b32 $1, x, y, 0x7632;
-prmt.b32 x, a, b, 0x7362;
-prmt.b32 y, c, d, 0x7362;
-prmt.b32 $2, x, y, 0x5410;
-prmt.b32 $3, x, y, 0x7632;
+prmt.b32 s, t, t, 0x2020;
+prmt.b32 m, u, $4, 0xeac8;
+{first_half}
+prmt.b32 s, t, t, 0x3131;
+prmt.b32 m, u, $4, 0xfbd9;
+{second_half}
+prmt.b32 $0, a, b, 0x6240;
+prmt.b32 $1, a, b, 0x7351;
+prmt.b32 $2, c, d, 0x6240;
+prmt.b32 $3, c, d, 0x7351;
 }}"""
 """s: codes without their highest bits, which select the half of a table; m: 0xff in each byte
-whose code has that bit. a, b: low and high bytes of codes 0 to 3; c, d: of codes 4 to 7."""
+whose code has that bit. a, b: low and high bytes of codes 0, 1, 4, 5; c, d: of 2, 3, 6, 7."""
 
 _LOOK_UP_BYTES = """prmt.b32 x, {0:#x}, {1:#x}, s;
 prmt.b32 y, {2:#x}, {3:#x}, s;
 lop3.b32 {name}, m, y, x, 0xca;"""
+
+_LOOK_UP_LOW_BYTES = "prmt.b32 {name}, {0:#x}, {1:#x}, s;"
+_LOOK_UP_SIGNED_BYTES = """prmt.b32 x, {0:#x}, {1:#x}, s;
+lop3.b32 {name}, m, 0x80808080, x, 0xea;"""
+"""The same where the highest bit of a code is the sign of its value: low and high bytes."""
 
 
 def _book_bits(code: str, dtype: torch.dtype, residual: bool) -> tuple[int, ...]:
@@ -57,11 +59,13 @@ def _look_up_asm(bits: tuple[int, ...]) -> str:
     words = [
         [int.from_bytes(half[i : i + 4], "little") for i in (0, 4, 8, 12)] for half in (low, high)
     ]
+    signed = all(bits[i + 8] == bits[i] ^ 0x8000 for i in range(8))
+    lines = (_LOOK_UP_LOW_BYTES, _LOOK_UP_SIGNED_BYTES) if signed else (_LOOK_UP_BYTES,) * 2
     halves = [
-        "\n".join(_LOOK_UP_BYTES.format(*words[i], name=names[i]) for i in (0, 1))
+        "\n".join(lines[i].format(*words[i], name=names[i]) for i in (0, 1))
         for names in ("ab", "cd")
     ]
-    return _LOOK_UP.format(low_half=halves[0], high_half=halves[1])
+    return _LOOK_UP.format(first_half=halves[0], second_half=halves[1])
 
 
 # Functions that kernels call may read tables, but not call Torch.

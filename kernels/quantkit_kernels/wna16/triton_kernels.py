@@ -5,127 +5,14 @@
 import triton
 import triton.language as tl
 
-from quantkit_kernels.wna16.triton_codes import look_up, unpack_float8
-from quantkit_kernels.wna16.triton_unpack import (
-    TILE_K,
-    TILE_N,
-    add_pair,
-    arrange4,
-    arrange8,
-    make_pair,
-    mul_pair,
-    negative_zero_pair,
-    scale_of,
-    spread,
-    unpack4,
-    unpack8,
+from quantkit_kernels.wna16.triton_dequantise import (
+    WHOLE_ROW,
+    code_pointers,
+    dequantise_tile,
+    exact_values,
+    load_groups,
 )
-
-
-@triton.jit
-def finish(
-    pair,
-    negative_zero,
-    scale,
-    CODE: tl.constexpr,
-    SCALE: tl.constexpr,
-    BF16: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """The value, from integers by adding -zero, exactly; times the scale, rounded, where SCALE."""
-    if CODE == "int":
-        pair = add_pair(pair, negative_zero, BF16, ASM)
-    if SCALE:
-        return mul_pair(pair, scale, BF16, ASM)
-    else:
-        return pair
-
-
-@triton.jit
-def load_groups(
-    scales_ptr, k_tile, rows, padded_n, BITS: tl.constexpr, G: tl.constexpr, COUNT: tl.constexpr
-):
-    """Scale words of one k tile: int32 [BN, COUNT] for columns with j16 = 0 and for the others.
-
-    Only groups of 16 at 4 bits tell the two apart.
-    """
-    STEP: tl.constexpr = TILE_K // G // COUNT
-    first = k_tile * (TILE_K // G) + tl.arange(0, COUNT) * STEP
-    pointers = scales_ptr + first[None, :] * padded_n + rows[:, None]
-    even = tl.load(pointers)
-    odd = tl.load(pointers + padded_n) if STEP == 2 else even
-    return even, odd
-
-
-@triton.jit
-def spread_scale(
-    groups,
-    FACTOR: tl.constexpr,
-    BITS: tl.constexpr,
-    BN: tl.constexpr,
-    COUNT: tl.constexpr,
-    BF16: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """Pairs of FACTOR * scale for words [BN, 4 * BITS], from scale words [BN, COUNT].
-
-    A zero-point in the low byte is too small to matter to the rounding, except of ties.
-    """
-    scale = groups.to(tl.float32, bitcast=True) * FACTOR
-    return spread(make_pair(scale, BF16, ASM), BN, BITS, COUNT)
-
-
-@triton.jit
-def dequantise_tile(
-    words,
-    even,
-    odd,
-    BITS: tl.constexpr,
-    CODE: tl.constexpr,
-    BN: tl.constexpr,
-    COUNT: tl.constexpr,
-    SCALE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BF16: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """value [* scale] as 16-bit floats [BN, 128] from words [BN, 4 * BITS].
-
-    RESIDUAL: what code books lose to the 16 bits instead.
-    """
-    # E4M3 scales are small: 256 keeps them normal in float16, and saves that product.
-    FOLD: tl.constexpr = SCALE and CODE == "e4m3" and not BF16
-    FACTOR: tl.constexpr = 256.0 if FOLD else 1.0
-    zero_even = spread(negative_zero_pair(even, BITS, BF16, ASM), BN, BITS, COUNT)
-    zero_odd = spread(negative_zero_pair(odd, BITS, BF16, ASM), BN, BITS, COUNT)
-    scale_even = spread_scale(even, FACTOR, BITS, BN, COUNT, BF16, ASM)
-    scale_odd = spread_scale(odd, FACTOR, BITS, BN, COUNT, BF16, ASM)
-    if BITS == 8:
-        if CODE == "int":
-            p0, p8 = unpack8(words, BF16, ASM)
-        else:
-            p0, p8 = unpack_float8(words, CODE, BF16, not FOLD, ASM)
-        p0 = finish(p0, zero_even, scale_even, CODE, SCALE, BF16, ASM)
-        p8 = finish(p8, zero_even, scale_even, CODE, SCALE, BF16, ASM)
-        return arrange8(p0, p8, BN, BF16)
-    else:
-        if CODE == "int":
-            p0, p16, p8, p24 = unpack4(words, BF16, ASM)
-        else:
-            p0, p16, p8, p24 = look_up(words, CODE, BF16, RESIDUAL, ASM)
-        p0 = finish(p0, zero_even, scale_even, CODE, SCALE, BF16, ASM)
-        p8 = finish(p8, zero_even, scale_even, CODE, SCALE, BF16, ASM)
-        p16 = finish(p16, zero_odd, scale_odd, CODE, SCALE, BF16, ASM)
-        p24 = finish(p24, zero_odd, scale_odd, CODE, SCALE, BF16, ASM)
-        return arrange4(p0, p16, p8, p24, BN, BF16)
-
-
-@triton.jit
-def code_pointers(codes_ptr, rows, k_tiles, BITS: tl.constexpr):
-    """Pointers [BN, 4 * BITS] to the words of `rows` in k tile 0."""
-    WORDS: tl.constexpr = 4 * BITS
-    row_offsets = (rows // TILE_N) * k_tiles * (TILE_N * WORDS) + (rows % TILE_N) * WORDS
-    return codes_ptr + row_offsets[:, None] + tl.arange(0, WORDS)[None, :]
+from quantkit_kernels.wna16.triton_unpack import TILE_K, TILE_N, scale_of
 
 
 @triton.jit(do_not_specialize=["M", "k_tiles", "split_tiles"])
@@ -134,6 +21,7 @@ def wna16_gemm(
     codes_ptr,
     scales_ptr,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     M,
     N,
@@ -142,35 +30,39 @@ def wna16_gemm(
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     G: tl.constexpr,
+    ZERO: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     SCALE: tl.constexpr,
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """out[s, m, n] = sum_{k in s} x[m, k] scale[n, g(k)] value(code[n, k]) + bias[n].
+    """out[s, m, n] = sum_{k in s} x[m, k] scale[n, g(k)] value(code[n, k]) + bias[n] + residual.
 
     Computed transposed, W being the register operand of the tensor cores:
 
                     x^T  [128, BM]
         W [BN, 128] acc  [BN,  BM]       one step of k; programs are (n, m, split)
 
-    Without SCALE, G is 128 and the fp32 result of each step is scaled: exact weights. With it,
-    the weights are scaled and rounded, and the accumulator stays in the tensor cores.
+    With SCALE the sums stay in the tensor cores: weights are scaled and rounded, unless a row has
+    one scale, which the sums get at the end. Without it the fp32 result of each step is scaled, for
+    which G is 128 or WHOLE_ROW. Weights that are not scaled are exact.
 
     Args:
         x_ptr: float16 or bfloat16 [M, 128 * k_tiles].
         codes_ptr: int32, `pack_codes`.
         scales_ptr: int32, `pack_scales`.
         bias_ptr: [N] or None.
+        residual_ptr: [M, N] or None.
         out_ptr: [splits, M, N]; float32 if there are several splits.
         split_tiles: k tiles per split, so that no split is empty.
         CODE: what a code stands for, as in `code_types`. Values of code books are rounded to the
             type of x.
+        G: group size, or WHOLE_ROW.
+        ZERO: the zero-point of all groups, or None where scale words hold them.
         STAGES: depth of the load pipeline.
     """
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
-    COUNT: tl.constexpr = min(TILE_K // G, BITS)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     split = tl.program_id(2)
@@ -182,68 +74,91 @@ def wna16_gemm(
     # Rows of x beyond M are read as its last row: their results are not stored, and no mask is due.
     x_rows = tl.minimum(tokens, M - 1) * (k_tiles * TILE_K)
     x_pointers = x_ptr + x_rows[None, :] + (first * TILE_K + tl.arange(0, TILE_K))[:, None]
-    pointers = code_pointers(codes_ptr, rows, k_tiles, BITS) + first * (TILE_N * 4 * BITS)
+    pointers = code_pointers(codes_ptr, tl.program_id(0) * BN, k_tiles, BN, BITS) + first * (
+        TILE_N * 4 * BITS
+    )
     acc = tl.zeros((BN, BM), tl.float32)
+    if G == WHOLE_ROW:
+        row_words = tl.load(scales_ptr + rows)[:, None]
     # With the depth given here, loads that feed no dot product are asynchronous too: the scales.
     for k_tile in tl.range(first, last, num_stages=STAGES):
         words = tl.load(pointers)
         x = tl.load(x_pointers)
-        even, odd = load_groups(scales_ptr, k_tile, rows, padded_n, BITS, G, COUNT)
-        w = dequantise_tile(words, even, odd, BITS, CODE, BN, COUNT, SCALE, False, BF16, ASM)
+        if G == WHOLE_ROW:
+            groups = (row_words,)
+        else:
+            groups = load_groups(scales_ptr, k_tile, rows, padded_n, BITS, G)
+        w = dequantise_tile(
+            words, groups, BITS, CODE, BN, G, ZERO, SCALE and G != WHOLE_ROW, False, BF16, ASM
+        )
         if not ASM:  # The interpreter has no bfloat16 arithmetic.
             w = w.to(tl.float32)
             x = x.to(tl.float32)
         if SCALE:
             acc = tl.dot(w, x, acc)
         else:
-            acc += tl.dot(w, x) * scale_of(even, CODE)
+            acc += tl.dot(w, x) * scale_of(groups[0], CODE)
         pointers += TILE_N * 4 * BITS
         x_pointers += TILE_K
+    if SCALE and G == WHOLE_ROW:
+        acc *= scale_of(row_words, CODE)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-    out = out_ptr + split * M * N + tokens[None, :] * N + rows[:, None]
     inside = (tokens < M)[None, :] & (rows < N)[:, None]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    offsets = tokens[None, :] * N + rows[:, None]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + split * M * N + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_tile", "k_tiles"])
+@triton.jit(do_not_specialize=["first_row", "k_tiles"])
 def dequantise_rows(
     codes_ptr,
     scales_ptr,
     out_ptr,
     N,
-    first_tile,
+    first_row,
     k_tiles,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     G: tl.constexpr,
+    ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """out[n, k] = scale[n, g(k)] value(code[n, k]), in fp32 and rounded once.
+    """out[n, k] = scale[n, g(k)] value(code[n, k]); programs are (ROWS rows, k tile).
 
-    Programs are (row tile, k tile).
+    16-bit floats are rounded as `wna16_gemm` rounds scaled weights, float32 once.
 
     Args:
         codes_ptr: int32, `pack_codes`.
         scales_ptr: int32, `pack_scales`.
-        out_ptr: [64 * row tiles, 128 * k_tiles], of any float dtype; row 0 is row 64 * first_tile.
+        out_ptr: [rows, 128 * k_tiles], of any float dtype; row 0 is row first_row of the weight.
+        first_row: a multiple of 128.
     """
-    COUNT: tl.constexpr = min(TILE_K // G, BITS)
-    out_rows = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    rows = first_tile * TILE_N + out_rows
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    first = tl.program_id(0) * ROWS
+    out_rows = first + tl.arange(0, ROWS)
+    rows = first_row + out_rows
     k_tile = tl.program_id(1)
     padded_n = tl.cdiv(N, 128) * 128
-    words = tl.load(code_pointers(codes_ptr, rows, k_tiles, BITS) + k_tile * (TILE_N * 4 * BITS))
-    even, odd = load_groups(scales_ptr, k_tile, rows, padded_n, BITS, G, COUNT)
-    values = dequantise_tile(
-        words, even, odd, BITS, CODE, TILE_N, COUNT, False, False, False, ASM
-    ).to(tl.float32)
-    if BITS == 4 and CODE != "int":
-        values += dequantise_tile(
-            words, even, odd, BITS, CODE, TILE_N, COUNT, False, True, False, ASM
-        ).to(tl.float32)
-    columns = tl.arange(0, TILE_K)
-    group_rows = scales_ptr + (k_tile * (TILE_K // G) + columns // G) * padded_n
-    scale = scale_of(tl.load(group_rows[None, :] + rows[:, None]), CODE)
-    out = out_ptr + out_rows[:, None].to(tl.int64) * (k_tiles * TILE_K) + k_tile * TILE_K + columns
-    tl.store(out, (values * scale).to(out_ptr.dtype.element_ty))
+    pointers = code_pointers(codes_ptr, first_row + first, k_tiles, ROWS, BITS)
+    words = tl.load(pointers + k_tile * (TILE_N * 4 * BITS))
+    if G == WHOLE_ROW:
+        groups = (tl.load(scales_ptr + rows)[:, None],)
+    else:
+        groups = load_groups(scales_ptr, k_tile, rows, padded_n, BITS, G)
+    if tl.float32 == DTYPE:
+        if G == WHOLE_ROW:
+            column_words = groups[0]
+        else:
+            group = k_tile * (TILE_K // G) + tl.arange(0, TILE_K) // G
+            column_words = tl.load(scales_ptr + group[None, :] * padded_n + rows[:, None])
+        values = exact_values(words, groups, BITS, CODE, ROWS, G, ZERO, ASM)
+        w = values * scale_of(column_words, CODE)
+    else:
+        BF16: tl.constexpr = tl.bfloat16 == DTYPE
+        w = dequantise_tile(words, groups, BITS, CODE, ROWS, G, ZERO, True, False, BF16, ASM)
+    columns = k_tile * TILE_K + tl.arange(0, TILE_K)
+    offsets = out_rows[:, None].to(tl.int64) * (k_tiles * TILE_K) + columns
+    tl.store(out_ptr + offsets, w)

@@ -1,112 +1,57 @@
 # ruff: noqa: ANN001, ANN201
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Triton kernels over the layout of `cuda_layout`; `triton` launches them.
+"""Triton: words of the layout of `cuda_layout` to 16-bit floats where tensor cores read them.
 
-Weights live in registers as int32 words of two 16-bit floats ("pairs"), a pair being two
-neighbouring columns. A float16 1024 + n or bfloat16 128 + n has n in its low bits, so
-`(word & mask) | magic` converts integers without a conversion, and subtracting
-magic + zero is exact.
-
-The pair primitives are one instruction each, in assembly because the compiler spends two or more.
-The interpreter cannot run assembly: without ASM each computes the same bits in plain Triton.
+A float16 1024 + n or bfloat16 128 + n has n in its low bits, so `(word & mask) | magic` converts
+integers without a conversion. A code some bits further up counts 2**bits or a power of it more,
+which saves a shift: `code = pair / factor - magic / factor` is one FMA, and exact. Pairs of a word
+are numbered from its lowest bits; each is two neighbouring columns.
 """
 
 import triton
 import triton.language as tl
 
-AND_OR_ASM = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xea;")
-LOW_BYTE_ASM = tl.constexpr("prmt.b32 $0, $1, $2, 0x4040;")
-FMA_BF16_ASM = tl.constexpr("fma.rn.bf16x2 $0, $1, $2, $3;")
-FMA_FP16_ASM = tl.constexpr("fma.rn.f16x2 $0, $1, $2, $3;")
-PAIR_BF16_ASM = tl.constexpr("cvt.rn.bf16x2.f32 $0, $1, $1;")
-PAIR_FP16_ASM = tl.constexpr("cvt.rn.f16x2.f32 $0, $1, $1;")
+from quantkit_kernels.wna16.triton_pairs import (
+    and_or,
+    and_xor,
+    fma_pair,
+    halves,
+    low_byte_pair,
+    make_pair,
+    odd_bytes_pair,
+    pair_bits,
+)
 
-TILE_N = tl.constexpr(64)
+TILE_N = tl.constexpr(128)
 TILE_K = tl.constexpr(128)
 
 
-@triton.jit
-def and_or(words, mask, magic, ASM: tl.constexpr):
-    """(words & mask) | magic."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            AND_OR_ASM, "=r,r,r,r", [words, mask, magic], tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return (words & mask) | magic
+@triton.constexpr_function
+def window(bits: int, bf16: bool) -> int:
+    """Codes of a half word that fit into the low bits of a 16-bit float, 7 or 10 wide."""
+    return max(1, (7 if bf16 else 8) // bits) if bits < 8 else 1
 
 
-@triton.jit
-def low_byte_pair(word, high_byte, ASM: tl.constexpr):
-    """Both halves: high_byte << 8 | word & 0xFF."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            LOW_BYTE_ASM, "=r,r,r", [word, high_byte], tl.int32, is_pure=True, pack=1
-        )
-    else:
-        half = (word & 0xFF) | (high_byte << 8)
-        return half | (half << 16)
+@triton.constexpr_function
+def factor_of(pair: int, bits: int, bf16: bool) -> int:
+    """How much more than its code a pair of `unpack` counts."""
+    inside: int = pair % window(bits, bf16)
+    return 1 << bits * inside
 
 
-@triton.jit
-def make_pair(value, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Both halves: the 16-bit float nearest to an fp32 value."""
-    if ASM:
-        CODE: tl.constexpr = PAIR_BF16_ASM if BF16 else PAIR_FP16_ASM
-        return tl.inline_asm_elementwise(CODE, "=r,f", [value], tl.int32, is_pure=True, pack=1)
-    else:
-        half = encode_half(value, BF16)
-        return half | (half << 16)
+@triton.constexpr_function
+def offset_of(bits: int, bf16: bool) -> int:
+    """What a pair of `unpack` is when its code is 0."""
+    if bf16:
+        return -128 if bits == 8 else 128
+    return 1024
 
 
-@triton.jit
-def add_pair(a, b, BF16: tl.constexpr, ASM: tl.constexpr):
-    """a + b, rounded; a * 1 + b in assembly, since bfloat16 has only FMA before sm_90."""
-    if ASM:
-        CODE: tl.constexpr = FMA_BF16_ASM if BF16 else FMA_FP16_ASM
-        ONE: tl.constexpr = 0x3F803F80 if BF16 else 0x3C003C00
-        return tl.inline_asm_elementwise(
-            CODE, "=r,r,r,r", [a, ONE, b], tl.int32, is_pure=True, pack=1
-        )
-    else:
-        low = decode_half(a, BF16) + decode_half(b, BF16)
-        high = decode_half(a >> 16, BF16) + decode_half(b >> 16, BF16)
-        return encode_half(low, BF16) | (encode_half(high, BF16) << 16)
-
-
-@triton.jit
-def mul_pair(a, b, BF16: tl.constexpr, ASM: tl.constexpr):
-    """a * b, rounded; a * b + (-0) in assembly, as for `add_pair`."""
-    if ASM:
-        CODE: tl.constexpr = FMA_BF16_ASM if BF16 else FMA_FP16_ASM
-        MINUS_ZERO: tl.constexpr = -0x7FFF8000
-        return tl.inline_asm_elementwise(
-            CODE, "=r,r,r,r", [a, b, MINUS_ZERO], tl.int32, is_pure=True, pack=1
-        )
-    else:
-        low = decode_half(a, BF16) * decode_half(b, BF16)
-        high = decode_half(a >> 16, BF16) * decode_half(b >> 16, BF16)
-        return encode_half(low, BF16) | (encode_half(high, BF16) << 16)
-
-
-@triton.jit
-def decode_half(bits, BF16: tl.constexpr):
-    """fp32 value of the 16-bit float in the low half of an int32; interpreter only."""
-    if BF16:
-        return (bits << 16).to(tl.float32, bitcast=True)
-    else:
-        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def encode_half(value, BF16: tl.constexpr):
-    """The 16-bit float nearest to an fp32 value, in the low half of an int32; interpreter only."""
-    if BF16:
-        # The interpreter's cast does not round to even.
-        bits = value.to(tl.int32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
-    else:
-        return value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+@triton.constexpr_function
+def is_value(bits: int, bf16: bool, zero: int | None) -> bool:
+    """Whether a pair of `unpack` is code - zero as it stands: if symmetric, with 8 bits."""
+    offset: int = offset_of(bits, bf16)
+    return zero is not None and offset == -zero
 
 
 @triton.jit
@@ -118,81 +63,118 @@ def scale_of(word, CODE: tl.constexpr):
 
 
 @triton.jit
-def negative_zero_pair(word, BITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """What turns the output of `unpack` into code - zero when added: -(magic + zero), as a pair."""
-    if BITS == 8 and BF16:
-        # `unpack` has subtracted 128 already. 0x4B000000 | n is 2**23 + n in fp32.
+def negative_zero_pair(
+    word,
+    FACTOR: tl.constexpr,
+    BITS: tl.constexpr,
+    BF16: tl.constexpr,
+    ZERO: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """-(offset / FACTOR + zero) as a pair; zero is ZERO, or where that is None, in `word`."""
+    OFFSET: tl.constexpr = offset_of(BITS, BF16)
+    if ZERO is not None:
+        return tl.full(word.shape, pair_bits(-OFFSET / FACTOR - ZERO, BF16), tl.int32)
+    elif OFFSET < 0:
+        # 0x4B000000 | n is 2**23 + n in fp32.
         zero = ((word & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True)
-        return make_pair(8388736.0 - zero, BF16, ASM)
+        return make_pair((8388608.0 - OFFSET) - zero, BF16, ASM)
     else:
-        return low_byte_pair(word, 0xC3 if BF16 else 0xE4, ASM)
+        whole = low_byte_pair(word, 0xC3 if BF16 else 0xE4, ASM)
+        if FACTOR == 1:
+            return whole
+        else:
+            REST: tl.constexpr = pair_bits(OFFSET - OFFSET / FACTOR, BF16)
+            return fma_pair(whole, 1.0, tl.full(word.shape, REST, tl.int32), BF16, ASM)
 
 
 @triton.jit
-def unpack4(words, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Pairs of magic + code: columns +0, +16, +8 and +24 of each word, with the column after."""
+def window_pair(
+    words, PAIR: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr
+):
+    """Pair number PAIR of each word: offset + factor * code."""
+    INSIDE: tl.constexpr = PAIR % window(BITS, BF16)
+    MASK: tl.constexpr = (2**BITS - 1 << BITS * INSIDE) * 0x10001
     MAGIC: tl.constexpr = 0x43004300 if BF16 else 0x64006400
-    return (
-        and_or(words, 0x000F000F, MAGIC, ASM),
-        and_or(words >> 4, 0x000F000F, MAGIC, ASM),
-        and_or(words >> 8, 0x000F000F, MAGIC, ASM),
-        and_or(words >> 12, 0x000F000F, MAGIC, ASM),
-    )
+    return and_or(words >> BITS * (PAIR - INSIDE), MASK, MAGIC, ASM)
 
 
 @triton.jit
 def byte_pair(words, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Pair of the even bytes c = code - 128: bfloat16 c, or float16 1024 + code.
+    """Pair of the even bytes: bfloat16 code - 128, or float16 1024 + code.
 
-    bfloat16 has 8 significant bits: c = (128 + (c & 127)) - (c < 0 ? 256 : 128), each exact.
+    bfloat16 has 8 significant bits: code - 128 = (128 + (code & 127)) - (code < 128 ? 256 : 128),
+    each exact.
     """
     if BF16:
         low = and_or(words, 0x007F007F, 0x43004300, ASM)
-        minus = and_or(words, 0x00800080, -0x3CFF3D00, ASM)  # 0xC300C300: -128, -128
-        return add_pair(low, minus, BF16, ASM)
+        minus = and_xor(words, 0x00800080, -0x3C7F3C80, ASM)  # 0xC380C380: -256, -256
+        return fma_pair(low, 1.0, minus, BF16, ASM)
     else:
-        return and_or(words ^ 0x00800080, 0x00FF00FF, 0x64006400, ASM)
+        return and_or(words, 0x00FF00FF, 0x64006400, ASM)
 
 
 @triton.jit
-def unpack8(words, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Pairs as of `byte_pair`: columns +0 and +8 of each word, with the column after."""
-    return byte_pair(words, BF16, ASM), byte_pair(words >> 8, BF16, ASM)
+def unpack(words, BITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """Pairs offset + factor * code of integers, from the lowest bits up: 16 / BITS of each word."""
+    if BITS == 8:
+        if BF16:
+            return byte_pair(words, BF16, ASM), byte_pair(words >> 8, BF16, ASM)
+        else:
+            return byte_pair(words, BF16, ASM), odd_bytes_pair(words, 0x64, ASM)
+    elif BITS == 4:
+        return (
+            window_pair(words, 0, 4, BF16, ASM),
+            window_pair(words, 1, 4, BF16, ASM),
+            window_pair(words, 2, 4, BF16, ASM),
+            window_pair(words, 3, 4, BF16, ASM),
+        )
+    else:
+        return (
+            window_pair(words, 0, 2, BF16, ASM),
+            window_pair(words, 1, 2, BF16, ASM),
+            window_pair(words, 2, 2, BF16, ASM),
+            window_pair(words, 3, 2, BF16, ASM),
+            window_pair(words, 4, 2, BF16, ASM),
+            window_pair(words, 5, 2, BF16, ASM),
+            window_pair(words, 6, 2, BF16, ASM),
+            window_pair(words, 7, 2, BF16, ASM),
+        )
 
 
 @triton.jit
 def spread(groups, BN: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
     """Group values [BN, COUNT] to words [BN, 4 * BITS], whose order is (h, t, v)."""
-    H: tl.constexpr = BITS // 4
+    H: tl.constexpr = max(BITS // 4, 1)
     if COUNT == 1:
-        return tl.broadcast_to(groups, (BN, 16 * H))
+        return tl.broadcast_to(groups, (BN, 4 * BITS))
     else:
         V: tl.constexpr = COUNT // H
         split = tl.reshape(groups, (BN, H, 1, V, 1))
-        return tl.reshape(tl.broadcast_to(split, (BN, H, 4, V, 4 // V)), (BN, 16 * H))
+        return tl.reshape(tl.broadcast_to(split, (BN, H, 4, V, BITS // H // V)), (BN, 4 * BITS))
 
 
 @triton.jit
-def halves(pair, BF16: tl.constexpr):
-    """Words [...] of pairs to 16-bit floats [..., 2]."""
-    dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
-    low = pair.to(tl.int16).to(dtype, bitcast=True)
-    high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+def arrange(pairs, BN: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr):
+    """Pairs [BN, 4 * BITS] of words to columns [BN, 128]: no instruction, see `cuda_layout`."""
+    if BITS == 8:
+        joined = tl.join(halves(pairs[0], BF16), halves(pairs[1], BF16))
+        split = tl.reshape(joined, (BN, 2, 4, 4, 2, 2))  # n, h, t, v, b, j8
+        return tl.reshape(tl.permute(split, (0, 1, 3, 5, 2, 4)), (BN, TILE_K))
+    elif BITS == 4:
+        joined = join_four(pairs[0], pairs[1], pairs[2], pairs[3], BF16)
+        split = tl.reshape(joined, (BN, 4, 4, 2, 2, 2))  # n, t, v, b, j16, j8
+        return tl.reshape(tl.permute(split, (0, 2, 4, 5, 1, 3)), (BN, TILE_K))
+    else:
+        even = join_four(pairs[0], pairs[1], pairs[2], pairs[3], BF16)
+        odd = join_four(pairs[4], pairs[5], pairs[6], pairs[7], BF16)
+        split = tl.reshape(tl.join(even, odd), (BN, 4, 2, 2, 2, 2, 2))  # n, t, v, b, j16, j32, j8
+        return tl.reshape(tl.permute(split, (0, 2, 5, 4, 6, 1, 3)), (BN, TILE_K))
+
+
+@triton.jit
+def join_four(p0, p1, p2, p3, BF16: tl.constexpr):
+    """Pairs [...] to 16-bit floats [..., b, low bit of the pair's number, high bit]."""
+    low = tl.join(halves(p0, BF16), halves(p1, BF16))
+    high = tl.join(halves(p2, BF16), halves(p3, BF16))
     return tl.join(low, high)
-
-
-@triton.jit
-def arrange4(p0, p16, p8, p24, BN: tl.constexpr, BF16: tl.constexpr):
-    """Pairs [BN, (t, v)] to columns [BN, 128] = (v, j16, j8, t, b): no instruction, see layout."""
-    even = tl.join(halves(p0, BF16), halves(p16, BF16))
-    odd = tl.join(halves(p8, BF16), halves(p24, BF16))
-    split = tl.reshape(tl.join(even, odd), (BN, 4, 4, 2, 2, 2))  # n, t, v, b, j16, j8
-    return tl.reshape(tl.permute(split, (0, 2, 4, 5, 1, 3)), (BN, TILE_K))
-
-
-@triton.jit
-def arrange8(p0, p8, BN: tl.constexpr, BF16: tl.constexpr):
-    """Pairs [BN, (h, t, v)] to columns [BN, 128] = (h, v, j8, t, b): no instruction either."""
-    joined = tl.join(halves(p0, BF16), halves(p8, BF16))
-    split = tl.reshape(joined, (BN, 2, 4, 4, 2, 2))  # n, h, t, v, b, j8
-    return tl.reshape(tl.permute(split, (0, 1, 3, 5, 2, 4)), (BN, TILE_K))

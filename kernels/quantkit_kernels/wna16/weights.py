@@ -10,8 +10,8 @@ from torch import Tensor
 from quantkit_kernels.code_types import CODE_BOOKS, FLOAT8_DTYPES, CodeType, code_values
 from quantkit_kernels.quant_math import dequantize_codes
 
-CONTAINER_BITS = (4, 8)
-"""Widths in which kernels store codes: 2 to 4 bits in 4, 5 to 8 bits in 8."""
+CONTAINER_BITS = (2, 4, 8)
+"""Widths in which codes may be stored; each device's module says which it stores."""
 
 CONTAINER_OF = {**dict.fromkeys(FLOAT8_DTYPES, 8), **dict.fromkeys(CODE_BOOKS, 4)}
 """Container width of the code types that are not integers."""
@@ -71,7 +71,7 @@ class UniformWeight:
             A column that reads channel K or beyond is padding: its input is zero.
         group_size: g, a multiple of 16.
         in_features: K, the channels of x.
-        container_bits: 4 or 8.
+        container_bits: 2, 4 or 8.
         code_type: what a code stands for, as in `QuantizedWeight`. Padding of all but `int` holds
             a code whose value is 0.
     """
@@ -95,12 +95,13 @@ class PackedWeight:
         scales: group scales, packed.
         zeros: zero-points, packed; None where the layout holds them elsewhere.
         gather: int32 [K'], as in `UniformWeight`.
-        bits: container width, 4 or 8.
+        bits: container width, 2, 4 or 8.
         group_size: input channels per scale.
         in_features: K, the channels of x.
         out_features: N, the channels of y.
         kernel: the kernel's name, for the log.
         code_type: what a code stands for.
+        zero: the zero-point of all groups, where they share one and the kernel is faster for it.
     """
 
     codes: Tensor
@@ -113,6 +114,7 @@ class PackedWeight:
     out_features: int
     kernel: str
     code_type: CodeType = "int"
+    zero: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -121,8 +123,12 @@ class PackedWeight:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def make_uniform(weight: QuantizedWeight) -> UniformWeight:
+def make_uniform(weight: QuantizedWeight, containers: tuple[int, ...] = (4, 8)) -> UniformWeight:
     """Reorder and pad input channels so that every group has one size.
+
+    Args:
+        weight: any.
+        containers: widths in which the codes may be stored, ascending; the last holds all.
 
     Raises:
         ValueError: `group_index` names a group that has no scale.
@@ -141,7 +147,7 @@ def make_uniform(weight: QuantizedWeight) -> UniformWeight:
         gather=None if _in_order(columns, in_features) else columns.to(torch.int32),
         group_size=group_size,
         in_features=in_features,
-        container_bits=4 if weight.bits <= 4 else 8,
+        container_bits=next(width for width in containers if weight.bits <= width),
         code_type=weight.code_type,
     )
 
