@@ -1,9 +1,8 @@
-"""What CUDA writes to the 4-bit cache and reads from it, its assembly and tiles, without a GPU."""
+"""What CUDA writes to the 4-bit cache and reads from it, its tiles, without a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from quantkit_kernels.kv_int4 import CacheLayout, KeyTreatment, reference
 from quantkit_kernels.kv_int4 import triton as backend
-from quantkit_kernels.kv_int4 import triton_codes as codes
 from quantkit_kernels.kv_int4.rotation import rotate_keys, rotate_values
 from quantkit_kernels.kv_int4.triton_quantise import divided, quantise
 from quantkit_kernels.kv_int4.triton_tiles import (
+    DecodeTile,
     check_layout,
     decode_tile,
     prefill_tile,
@@ -207,62 +206,6 @@ def test_gathered_is_what_the_reference_reads(dtype: torch.dtype, size: int) -> 
     assert values[73:].isnan().all()
 
 
-def execute(asm: str, *operands: Tensor) -> list[Tensor]:
-    """What one of our assembly strings leaves in its operands, as int64 of 32 bits."""
-    registers = {f"${i}": value for i, value in enumerate(operands)}
-    for line in asm.replace("{", "").replace("}", "").split(";"):
-        name, _, rest = line.strip().partition(" ")
-        words = [word.strip() for word in rest.split(",")]
-        if not name or name == ".reg":
-            continue
-        to, *sources = words
-        values = [registers[w] if w in registers else torch.tensor(int(w, 0)) for w in sources]
-        registers[to] = OPERATIONS[name](*values) & 0xFFFFFFFF
-    return list(registers.values())
-
-
-def permute(a: Tensor, b: Tensor, selector: Tensor) -> Tensor:
-    """prmt.b32: each nibble of the selector picks one of eight bytes."""
-    both = [a >> 8 * i & 0xFF for i in range(4)] + [b >> 8 * i & 0xFF for i in range(4)]
-    return sum(both[int(selector) >> 4 * i & 7] << 8 * i for i in range(4))
-
-
-def as_pair(high: Tensor, low: Tensor) -> Tensor:
-    """cvt.rn.bf16x2.f32."""
-    bits = [x.bfloat16().view(torch.int16).long() & 0xFFFF for x in (high, low)]
-    return bits[0] << 16 | bits[1]
-
-
-OPERATIONS = {
-    "prmt.b32": permute,
-    "lop3.b32": lambda a, b, c, _: (a & b) | c,  # 0xEA: bit i is set where (a & b) | c
-    "shr.u32": lambda a, n: a >> n,
-    "shl.b32": lambda a, n: a << n,
-    "and.b32": lambda a, b: a & b,
-    "cvt.rn.bf16x2.f32": as_pair,
-}
-
-
-@pytest.mark.parametrize(("asm", "dtype", "base"), [
-    (codes.BF16_NIBBLES_ASM, torch.bfloat16, 128), (codes.FP16_NIBBLES_ASM, torch.float16, 1024),
-])  # fmt: skip
-def test_assembly_of_nibbles(asm: Any, dtype: torch.dtype, base: int) -> None:
-    packed = torch.randint(0, 256, (1000, 4), dtype=torch.uint8)
-    word = packed.view(torch.int32).squeeze(1).long() & 0xFFFFFFFF
-    results = execute(asm.value, *(torch.empty(0),) * 4, word)[:4]
-    pairs = torch.stack(results, -1).to(torch.int32).view(dtype).float()  # [1000, 8]
-    expected = torch.cat((packed & 15, packed >> 4), -1).float() + base
-    assert torch.equal(pairs, expected)
-
-
-def test_assembly_of_rounding() -> None:
-    low, high = torch.randn(2, 1000)
-    pair, first, second = execute(codes.ROUND_ASM.value, *(torch.empty(0),) * 3, low, high)[:3]
-    assert torch.equal(pair, as_pair(high, low))
-    assert torch.equal(first.to(torch.int32).view(torch.float32), low.bfloat16().float())
-    assert torch.equal(second.to(torch.int32).view(torch.float32), high.bfloat16().float())
-
-
 @pytest.mark.parametrize(("layout", "fix"), [
     (CacheLayout(128, 96, value_columns=True), "block_size is 96.*multiple of 64"),
     (CacheLayout(128, 64), "value_columns is False.*value_columns=True"),
@@ -273,10 +216,13 @@ def test_other_layouts_are_refused(layout: CacheLayout, fix: str) -> None:
 
 
 def test_splits_fill_the_gpu_and_none_is_always_empty() -> None:
-    assert splits_of(8, 8, 32768, 128, DEVICE) == 13
-    assert splits_of(1, 8, 131072, 128, DEVICE) == 99
-    assert splits_of(512, 8, 32768, 128, DEVICE) == 1
-    assert splits_of(1, 1, 200, 64, DEVICE) == 4
+    two_warps = DecodeTile(rows=16, tokens=128, warps=2, stages=5)
+    assert splits_of(8, 8, 32768, two_warps, DEVICE) == 13
+    assert splits_of(1, 8, 131072, two_warps, DEVICE) == 99
+    assert splits_of(512, 8, 32768, two_warps, DEVICE) == 1
+    lone_warp = DecodeTile(rows=8, tokens=64, warps=1, stages=5)
+    assert splits_of(8, 8, 32768, lone_warp, DEVICE) == 25
+    assert splits_of(1, 1, 200, lone_warp, DEVICE) == 4
 
 
 @pytest.mark.parametrize("size", [64, 96, 128, 256])
@@ -286,4 +232,6 @@ def test_tiles_divide_blocks(size: int) -> None:
             for layout in (layout_of(size), layout_of(size, block_size=192)):
                 decode = decode_tile(rows, layout, DEVICE, exact=exact)
                 assert layout.block_size % decode.tokens == 0
-                assert layout.block_size % prefill_tile(rows, layout, exact=exact).tokens == 0
+                assert (
+                    layout.block_size % prefill_tile(rows, layout, DEVICE, exact=exact).tokens == 0
+                )

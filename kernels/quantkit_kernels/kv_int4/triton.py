@@ -25,6 +25,7 @@ from quantkit_kernels.kv_int4.triton_launch import (
 from quantkit_kernels.kv_int4.triton_prefill import prefill_rows
 from quantkit_kernels.kv_int4.triton_tiles import check_layout, prefill_tile, row_warps
 from quantkit_kernels.kv_int4.triton_write import gather_heads, write_heads
+from quantkit_kernels.triton_common import device_of
 
 __all__ = ["attend", "gather", "prefill", "write"]
 
@@ -94,7 +95,7 @@ def prefill(
         return
     rows = group * batch.max_query_len
     exact = query.dtype == torch.float32
-    tile = prefill_tile(rows, layout, exact=exact)
+    tile = prefill_tile(rows, layout, device_of(query), exact=exact)
     with torch.cuda.device_of(query):
         prefill_rows[(triton.cdiv(rows, tile.rows), cache.shape[1], requests)](
             query,

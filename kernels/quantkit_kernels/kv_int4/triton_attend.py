@@ -30,6 +30,7 @@ from quantkit_kernels.kv_int4.triton_tiles import (
     value_piece,
 )
 from quantkit_kernels.triton_common import device_of
+from quantkit_kernels.tuning import batch_invariant
 
 
 def attend(
@@ -51,11 +52,12 @@ def attend(
     requests = batch.seq_lens.shape[0]
     if not (requests and query.shape[0] and batch.max_query_len and batch.max_seq_len):
         return
-    rows = query.shape[1] // cache.shape[1] * batch.max_query_len
-    device = device_of(query)
-    tile = decode_tile(rows, layout, device, exact=query.dtype == torch.float32)
+    group = query.shape[1] // cache.shape[1]
+    rows = group * batch.max_query_len
+    device, exact = device_of(query), query.dtype == torch.float32
+    tile = decode_tile(group if batch_invariant() else rows, layout, device, exact=exact)
     programs = cache.shape[1] * triton.cdiv(rows, tile.rows)
-    splits = splits_of(requests, programs, batch.max_seq_len, tile.tokens, device)
+    splits = splits_of(requests, programs, batch.max_seq_len, tile, device)
     with torch.cuda.device_of(query):
         run_attend(query, cache, out, batch, layout, treatment, softmax, sinks, tile, splits)
 
@@ -181,10 +183,10 @@ def _launch_splits(
         HALF=layout.half,
         **groups_of(layout),
         KEY_PIECE=key_piece(layout),
-        VALUE_PIECE=value_piece(layout),
+        VALUE_PIECE=value_piece(layout, tile.warps),
         N=tile.tokens,
         R=tile.rows,
-        MANY=batch.max_query_len > 1,
+        MANY=batch.max_query_len > 1 or batch_invariant(),
         WINDOW=softmax.window,
         CAPPED=softmax.softcap > 0,
         STAGES=tile.stages,

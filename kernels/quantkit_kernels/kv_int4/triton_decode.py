@@ -10,13 +10,14 @@ base + code; scales and zero-points are applied to float32 sums, so no key or va
 import triton
 import triton.language as tl
 
-from quantkit_kernels.kv_int4.triton_codes import (
-    MASKED,
-    nibbles,
-    piece,
-    rounded,
-    scale_of,
-    zero_of,
+from quantkit_kernels.kv_int4.triton_codes import MASKED
+from quantkit_kernels.kv_int4.triton_step import (
+    accumulate,
+    load_pieces,
+    load_queries,
+    products,
+    sums_of,
+    weigh,
 )
 
 
@@ -39,120 +40,17 @@ def softcapped(logits, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def load_queries(pointers, inside, C: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr):
-    """COUNT pieces [C, R] of query rows, which are addresses [R]."""
-    dims = tl.arange(0, C)
-    pieces = ()
-    for i in tl.static_range(COUNT):
-        q = tl.load(pointers[None, :] + (i * C + dims)[:, None], mask=inside[None, :], other=0.0)
-        if WIDE:
-            q = q.to(tl.float32)
-        pieces = pieces + (q,)
-    return pieces
+def visible(at, length, queries, position, WINDOW: tl.constexpr, MANY: tl.constexpr):
+    """Positions [M] that some row sees, and those [M, R or 1] that each row does."""
+    inside = at < length
+    seen = at[:, None] <= position[None, :] if MANY else inside[:, None]
+    if WINDOW > 0:
+        seen = seen & (at[:, None] > position[None, :] - WINDOW)
+        inside = inside & (at > length - queries - WINDOW)
+    return inside, seen
 
 
-@triton.jit
-def sums_of(pieces, GROUPS: tl.constexpr, EACH: tl.constexpr):
-    """float32 sums [R] over each group of EACH pieces [C, R]."""
-    sums = ()
-    for g in tl.static_range(GROUPS):
-        total = tl.sum(pieces[g * EACH].to(tl.float32), axis=0)
-        for i in tl.static_range(1, EACH):
-            total += tl.sum(pieces[g * EACH + i].to(tl.float32), axis=0)
-        sums = sums + (total,)
-    return sums
-
-
-@triton.jit
-def load_pieces(pointers, step, COUNT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Codes at pointers, pointers + step ... as floats: COUNT tiles of low nibbles, of high."""
-    low = ()
-    high = ()
-    for i in tl.static_range(COUNT):
-        a, b = nibbles(tl.load(pointers + i * step), DTYPE, ASM)
-        low = low + (a,)
-        high = high + (b,)
-    return low, high
-
-
-@triton.jit
-def products(
-    low,
-    high,
-    queries,
-    sums,
-    words,
-    BS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    EACH: tl.constexpr,
-    COUNT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """k' q' [N, R] = sum_g scale_g ((base + code) . q_g - (base + zero_g) sum(q_g))."""
-    total = None
-    for g in tl.static_range(GROUPS):
-        dot = tl.dot(piece(low, high, g * EACH, COUNT), queries[g * EACH], input_precision="ieee")
-        for i in tl.static_range(1, EACH):
-            codes = piece(low, high, g * EACH + i, COUNT)
-            dot = tl.dot(codes, queries[g * EACH + i], dot, input_precision="ieee")
-        word = tl.load(words + g * BS)
-        part = (dot - zero_of(word, DTYPE)[:, None] * sums[g][None, :]) * scale_of(word)[:, None]
-        total = part if g == 0 else total + part
-    return total
-
-
-@triton.jit
-def weigh(
-    p,
-    words,
-    inside,
-    seen,
-    BS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """P scale_g [N, R], rounded, and sum_n of that times base + zero_g, for each group of values.
-
-    Words of positions that are not `inside` may hold anything, and count as 0.
-    """
-    weights = ()
-    corrections = ()
-    for g in tl.static_range(GROUPS):
-        word = tl.where(inside, tl.load(words + g * BS), 0)
-        scaled = p * scale_of(word)[:, None]
-        if seen is not None:  # A later token may be NaN: it is none of an earlier query's.
-            scaled = tl.where(seen, scaled, 0.0)
-        weight, exact = rounded(scaled, DTYPE, ASM)
-        # Of the rounded weights: those of the others would not cancel the base.
-        correction = tl.sum(exact * zero_of(word, DTYPE)[:, None], axis=0)
-        weights = weights + (weight,)
-        corrections = corrections + (correction,)
-    return weights, corrections
-
-
-@triton.jit
-def accumulate(
-    sums,
-    low,
-    high,
-    weights,
-    corrections,
-    decay,
-    EACH: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """O^T = decay O^T + V^T P^T, in 2 * COUNT pieces [C, R]."""
-    new = ()
-    for i in tl.static_range(2 * COUNT):
-        start = sums[i] * decay[None, :] - corrections[i // EACH][None, :]
-        codes = piece(low, high, i, COUNT)
-        dot = tl.dot(codes, weights[i // EACH], start, input_precision="ieee")
-        new = new + (dot,)
-    return new
-
-
-@triton.jit(do_not_specialize=["tokens", "splits", "softcap"])
+@triton.jit(do_not_specialize=["tokens", "splits", "softcap", "table_stride"])
 def attend_split(  # noqa: PLR0915
     q_ptr,
     shift_ptr,
@@ -228,7 +126,7 @@ def attend_split(  # noqa: PLR0915
     row = (start + rows // G) * q_heads + head * G + rows % G
     position = length - queries + rows // G
     q = load_queries(q_ptr + row * P, real, KEY_PIECE, 2 * KEY_COUNT, WIDE or not ASM)
-    q_sums = sums_of(q, KEY_GROUPS, KEY_GROUP // KEY_PIECE)
+    q_sums = sums_of(q, KEY_GROUPS)
     shift = tl.zeros((R,), tl.float32)
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + row, mask=real, other=0.0)
@@ -237,49 +135,50 @@ def attend_split(  # noqa: PLR0915
     sums = ()
     for _ in tl.static_range(2 * VALUE_COUNT):
         sums = sums + (tl.zeros((VALUE_PIECE, R), tl.float32),)
-    n = tl.arange(0, N)
-    key_offsets = n[:, None] * HALF + tl.arange(0, KEY_PIECE)[None, :]
-    value_offsets = BS * HALF + tl.arange(0, VALUE_PIECE)[:, None] * BS + n[None, :]
+    pairs = tl.arange(0, N // 2)
+    key_offsets = pairs[:, None] * HALF + tl.arange(0, KEY_PIECE // 2)[None, :]
+    value_offsets = tl.arange(0, VALUE_PIECE)[:, None] * (BS // 2) + pairs[None, :]
     table = table_ptr + request * table_stride
     cache = cache_ptr + head * head_stride
     for t in tl.range(first, last, N, num_stages=STAGES):
+        # Triton 3.6 does not see it, and would not load what is aligned by it asynchronously.
+        offset = tl.multiple_of(t % BS, N)
         block = cache + tl.load(table + t // BS).to(tl.int64) * block_stride
-        words = (block + BS * P).to(tl.pointer_type(tl.uint16)) + t % BS + n
-        low, high = load_pieces(block + t % BS * HALF + key_offsets, KEY_PIECE, KEY_COUNT, KEY, ASM)
-        logits = products(
-            low, high, q, q_sums, words, BS, KEY_GROUPS, KEY_GROUP // KEY_PIECE, KEY_COUNT, KEY
-        )
+        keys = (block + offset * HALF).to(tl.pointer_type(tl.uint16)) + key_offsets
+        values = (block + BS * HALF + offset).to(tl.pointer_type(tl.uint16)) + value_offsets
+        words = (block + BS * P + 2 * offset).to(tl.pointer_type(tl.uint32)) + pairs
+        even = load_pieces(keys, KEY_PIECE // 2, KEY_COUNT, KEY, ASM)
+        odd = load_pieces(keys + HALF // 2, KEY_PIECE // 2, KEY_COUNT, KEY, ASM)
+        even, odd = products((even, odd), q, q_sums, words, BS, KEY_GROUPS, KEY, ASM)
         if shift_ptr is not None:
-            logits += shift[None, :]
-        logits = softcapped(logits, softcap, CAPPED)
-        at = t + n
-        inside = at < length
-        seen = at[:, None] <= position[None, :] if MANY else inside[:, None]
-        if WINDOW > 0:
-            seen = seen & (at[:, None] > position[None, :] - WINDOW)
-            inside = inside & (at > length - queries - WINDOW)
-        logits = tl.where(seen, logits, MASKED)
-        top = tl.maximum(best, tl.max(logits, axis=0))
+            even += shift[None, :]
+            odd += shift[None, :]
+        even = softcapped(even, softcap, CAPPED)
+        odd = softcapped(odd, softcap, CAPPED)
+        at = t + 2 * pairs
+        inside, seen = visible(at, length, queries, position, WINDOW, MANY)
+        inside_odd, seen_odd = visible(at + 1, length, queries, position, WINDOW, MANY)
+        even = tl.where(seen, even, MASKED)
+        odd = tl.where(seen_odd, odd, MASKED)
+        top = tl.maximum(best, tl.max(tl.maximum(even, odd), axis=0))
         decay = tl.exp2(best - top)
-        p = tl.exp2(logits - top[None, :])
-        total = total * decay + tl.sum(p, axis=0)
+        even = tl.exp2(even - top[None, :])
+        odd = tl.exp2(odd - top[None, :])
+        total = total * decay + tl.sum(even + odd, axis=0)
         best = top
         weights, corrections = weigh(
-            p,
-            words + KEY_GROUPS * BS,
-            inside,
-            seen if MANY else None,
+            (even, odd),
+            words + KEY_GROUPS * (BS // 2),
+            (inside, inside_odd),
+            (seen, seen_odd) if MANY else None,
             BS,
             P // VALUE_GROUP,
+            VALUE_PIECE,
             VALUE,
             ASM,
         )
-        low, high = load_pieces(
-            block + t % BS + value_offsets, VALUE_PIECE * BS, VALUE_COUNT, VALUE, ASM
-        )
-        sums = accumulate(
-            sums, low, high, weights, corrections, decay, VALUE_GROUP // VALUE_PIECE, VALUE_COUNT
-        )
+        codes = load_pieces(values, VALUE_PIECE * (BS // 2), VALUE_COUNT, VALUE, ASM)
+        sums = accumulate(sums, codes, weights, corrections, decay)
     row += split * tokens * q_heads
     out = out_ptr + row.to(tl.int64)[None, :] * P + tl.arange(0, VALUE_PIECE)[:, None]
     for i in tl.static_range(2 * VALUE_COUNT):

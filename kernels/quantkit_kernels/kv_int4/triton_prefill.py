@@ -88,7 +88,7 @@ def soften(logits, seen, best, total):
     return p, decay, top, total * decay + tl.sum(p, axis=1)
 
 
-@triton.jit(do_not_specialize=["softcap", "factor"])
+@triton.jit(do_not_specialize=["softcap", "factor", "table_stride"])
 def prefill_rows(  # noqa: C901, PLR0915
     query_ptr,
     key_ptr,
