@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -18,6 +19,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
+
+FOREVER = threading.TIMEOUT_MAX
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,23 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    """A running engine; a context manager that leaves no process behind."""
+    """A running engine; a context manager that leaves no process behind.
 
-    def __init__(self, spec: EngineSpec, log: Path) -> None:
+    Args:
+        spec: what it serves.
+        log: where its process writes.
+        start_seconds: after them, an engine that does not run is killed.
+
+    Raises:
+        EngineError: it refused, or did not start in time.
+    """
+
+    WORKER: ClassVar[str] = "benchmarks.engine_worker"
+
+    def __init__(self, spec: EngineSpec, log: Path, start_seconds: float = FOREVER) -> None:
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "benchmarks.engine_worker", json.dumps(spec.__dict__)]
+        command = [sys.executable, "-m", self.WORKER, json.dumps(spec.__dict__)]
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
                 command,
@@ -57,7 +71,15 @@ class Engine:
                 text=True,
                 env={**ENVIRONMENT, **os.environ},
             )
-        self._read()  # the worker says when it is ready
+        watch = threading.Timer(start_seconds, self._process.kill)
+        watch.start()
+        try:
+            self._read()  # the worker says when it is ready
+        except EngineError:
+            self.__exit__(None, None, None)
+            raise
+        finally:
+            watch.cancel()
 
     def perplexity(self, text: str, max_tokens: int) -> tuple[float, int]:
         """exp(mean negative log-likelihood) of `text`, and the number of tokens scored."""
@@ -91,13 +113,15 @@ class Engine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -13,12 +13,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle as endlessly
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 ROUNDS = 9
 """Turns of every contender; an odd number, so that the median is one of them."""
@@ -91,14 +95,16 @@ def record(calls: Sequence[Call], *, graph: bool = True) -> Recording:
     """
     if not torch.cuda.is_available():
         return CpuRecording(calls)
-    for call in calls[:1]:
-        call()
-    return GraphRecording(calls) if graph else EagerRecording(calls)
+    if graph:
+        return GraphRecording(calls)
+    calls[0]()
+    return EagerRecording(calls)
 
 
 def race(field: Mapping[str, Recording], rounds: int = ROUNDS) -> dict[str, Times]:
     """Play the recordings in turns, each round in another order."""
-    names, taken = list(field), {name: [0.0] * 0 for name in field}
+    names = list(field)
+    taken: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds if names else 0):
         first = turn % len(names)
         order = names[first:] + names[:first]
@@ -159,15 +165,18 @@ class EagerRecording:
 
 
 class GraphRecording:
-    """Calls in one CUDA graph. Must have been called before: kernels are compiled by then."""
+    """Calls in one CUDA graph. The first is made before, so that kernels are compiled by then."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self._count = len(calls)
-        self._graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.stream(capture_stream()):
+            calls[0]()
+
+        def enqueue() -> None:
             for call in calls:
                 call()
+
+        self._graph, _ = capture(enqueue)
 
     @property
     def calls(self) -> int:
@@ -177,6 +186,35 @@ class GraphRecording:
     def play(self) -> Callable[[], float]:
         """Replay the graph between two events."""
         return between_events(self._graph.replay)
+
+
+@cache
+def capture_stream() -> torch.cuda.Stream:
+    """One for all captures: libraries keep their workspaces by stream."""
+    return torch.cuda.Stream()
+
+
+def capture(enqueue: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of what a function enqueues, and what it returns: tensors that a replay writes.
+
+    Unlike `torch.cuda.graph`, it neither collects garbage nor gives memory back, which would take
+    longer than all else here.
+
+    Raises:
+        RuntimeError: the function does what cannot be captured, as waiting for the GPU.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(capture_stream()):
+        graph.capture_begin()
+        try:
+            result = enqueue()
+        except BaseException:
+            with suppress(RuntimeError):  # the capture is broken already
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    return graph, result
 
 
 def between_events(enqueue: Callable[[], object]) -> Callable[[], float]:
