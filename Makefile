@@ -14,7 +14,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadfile
 ENGINE_ENV = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo qlora test test-compat lint types unit gates kernel-report bench-cpu bench-kv bench-quantizers bench-serving env env-compat compiler clean
+.PHONY: help demo qlora test test-compat lint types unit gates kernel-report bench-cpu bench-gpu bench-gpu-serving check-gpu bench-kv bench-quantizers bench-serving env env-compat compiler clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,16 @@ kernel-report: env compiler ## Compile all GPU kernels and vLLM's with both Trit
 
 bench-cpu: env ## Time the CPU kernels against ATen, vLLM and bf16
 	$(PY) -m benchmarks.cpu_linear
+
+bench-gpu: env ## Linear layers and fused quantisation on a GPU beside everyone's (9 minutes)
+	$(PY) -m benchmarks.gpu
+
+bench-gpu-serving: env ## Decode and prefill of an 8 B model on a GPU in vLLM's schemes and ours (9 minutes)
+	$(PY) -m benchmarks.gpu.serving
+
+check-gpu: env ## Every kernel on a GPU against its reference, bit for bit in every batch
+	$(PY) -m benchmarks.gpu.check
+	$(PY) -m pytest -q -m gpu tests/kernels
 
 bench-kv: env ## The INT4 KV cache: decode and prefill times, errors beside vLLM's formats, engines
 	$(PY) -m benchmarks.kv_decode
