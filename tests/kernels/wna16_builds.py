@@ -241,8 +241,8 @@ def gates() -> list[Gate]:
         *(gate(variant) for variant in VARIANTS.values()),
         *(
             Gate(
-                f"dequantised {code if code != 'int' else f'w{bits}'} g{group or 'row'} {dtype} "
-                f"sm_{device.capability}",
+                f"dequantised {code if code != 'int' else f'w{bits}'} "
+                f"{f'g{group}' if group else 'rows'} {dtype} sm_{device.capability}",
                 device,
                 partial(build_rows, device, bits, group, dtype, code),
                 partial(per_row_weight, dtype=dtype),
