@@ -90,9 +90,8 @@ def decode_tile(rows: int, layout: CacheLayout, device: Device, *, exact: bool) 
         device: the GPU.
         exact: queries are float32, whose products take no tensor cores and many registers.
     """
-    size = layout.padded_size
     if exact:
-        return DecodeTile(rows=16, tokens=32 if size > 128 else TILE, warps=8, stages=2)
+        return DecodeTile(rows=16, tokens=32, warps=4, stages=2)
     width, steps, warps = _decode_shape(rows, layout)
     tokens = TILE * (steps if layout.block_size % (steps * TILE) == 0 else 1)
     fits = 3 * tokens * layout.token_bytes <= device.shared_bytes
