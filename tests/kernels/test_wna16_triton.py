@@ -193,6 +193,22 @@ def test_small_groups_in_either_dtype(bits: int, group: int, dtype: torch.dtype)
 
 @interpreter
 @in_interpreter
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("group", [16, 128])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_may_lie_in_quads(
+    bits: int, group: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weight and tokens give the same bits, in whatever order a thread has the codes."""
+    weight, x = int_weight(70, 272, group, bits), torch.randn(19, 272, dtype=dtype)
+    pairs = packed(weight, dtype)
+    expected = run(x, pairs)
+    monkeypatch.setattr(backend, "takes_quads", lambda device: True)
+    quads = packed(weight, dtype)
+    assert not torch.equal(quads.codes, pairs.codes)
+    assert torch.equal(run(x, quads), expected)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("group", [*GROUPS, 256])
 def test_float32_is_exact(group: int, bits: int) -> None:

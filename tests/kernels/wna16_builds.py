@@ -11,12 +11,12 @@ from quantkit_kernels.code_types import CODE_BOOKS, CodeType
 from quantkit_kernels.triton_common import SUM_BLOCK, sum_splits
 from quantkit_kernels.tuning import TILE_K, Device
 from quantkit_kernels.wna16 import triton_kernels
-from quantkit_kernels.wna16.triton import DENSE_ROWS, DENSE_WARPS
+from quantkit_kernels.wna16.triton import DENSE_ROWS, DENSE_WARPS, takes_quads
 from quantkit_kernels.wna16.triton_dequantise import WHOLE_ROW
 from quantkit_kernels.wna16.triton_tiles import TileConfig, select_tile
 from quantkit_kernels.wna16.weights import CONTAINER_OF
 from tests.kernels.aot import DEVICES, Compiled, compile_kernel
-from tests.kernels.gates import TRITON, Gate
+from tests.kernels.gates import Gate
 from tests.kernels.sass import longest_loop
 
 AMPERE, ADA, HOPPER, BLACKWELL = DEVICES
@@ -73,6 +73,7 @@ def build(variant: Variant, tile: TileConfig | None = None) -> Compiled:
         "CODE": variant.code,
         "G": variant.group,
         "ZERO": variant.zero,
+        "QUADS": takes_quads(variant.device),
         "BM": tile.block_m,
         "BN": tile.block_n,
         "SCALE": tile.scale_weights,
@@ -109,13 +110,9 @@ def full_waits(compiled: Compiled) -> int:
 
 
 def gate(variant: Variant) -> Gate:
-    """Operands are direct, save in two cases, where the compilers see to it that they are not.
-
-    Triton 3.6 chooses for mma.sync an order of k in which no layout of the weights is free. For
-    sm_100, from 64 tokens on, neither version loads scales asynchronously.
-    """
+    """Operands are direct, but for sm_100, where from 64 tokens on scales are not loaded so."""
     capability, (block_m, block_n) = variant.device.capability, variant.block
-    staged = TRITON == "3.6" if capability < 90 else capability >= 100 and block_m >= 64
+    staged = capability >= 100 and block_m >= 64
     loaded = block_n * TILE_K * variant.bits // 8 + block_m * TILE_K * 2
     return Gate(
         name=str(variant),
@@ -199,6 +196,7 @@ def build_rows(device: Device, bits: int, group: int, dtype: str, code: CodeType
             "CODE": code,
             "G": group,
             "ZERO": None,
+            "QUADS": takes_quads(device),
             "ROWS": DENSE_ROWS[DTYPES[dtype]],
             "ASM": True,
         },

@@ -19,6 +19,9 @@ registers of the thread that loaded it and no weight ever moves between threads:
       k  | +0 |+16 |+32 |+48 | +8 |+24 |+40 |+56 | +1 |+17 | ...  |+57 |
          +----+----+----+----+----+----+----+----+----+----+--    +----+
 
+Where the compiler lets thread t have columns 16 c + 4 t + 2 j + b instead ("quads"), +8 becomes +2
+in all words, and 2 t becomes 4 t.
+
 One `(word >> s) & mask` therefore yields two neighbouring columns, one in each 16-bit half.
 A group of 16 columns never splits a pair, nor a group of 16 a word of 8 bits, of 32 one of 4 bits,
 of 64 one of 2 bits.
@@ -38,10 +41,22 @@ TILE_N = 128
 TILE_K = 128
 """Columns of a tile."""
 
-# (v, c, j8, t, b) at 2 and 4 bits and (h, v, j8, t, b) at 8: how 128 columns split, slowest first.
+_J, _T = 2, 3
+"""Axes of columns that change places in quads."""
+
+# (v, c, j, t, b) at 2 and 4 bits and (h, v, j, t, b) at 8: how 128 columns split, slowest first.
 _COLUMN_AXES = {2: (2, 4, 2, 4, 2), 4: (4, 2, 2, 4, 2), 8: (2, 4, 2, 4, 2)}
 # Those axes in storage order: first the word's, then the position in the word, highest bits first.
-_STORAGE_ORDER = {2: (3, 0, 4, 2, 1), 4: (3, 0, 4, 2, 1), 8: (0, 3, 1, 4, 2)}
+_STORAGE_ORDER = {2: (_T, 0, 4, _J, 1), 4: (_T, 0, 4, _J, 1), 8: (0, _T, 1, 4, _J)}
+
+
+def _axes(bits: int, quads: bool) -> tuple[list[int], list[int]]:
+    """Sizes of the axes of 128 columns, and those axes in storage order."""
+    sizes, order = list(_COLUMN_AXES[bits]), list(_STORAGE_ORDER[bits])
+    if quads:
+        sizes[_J], sizes[_T] = sizes[_T], sizes[_J]
+        order = [{_J: _T, _T: _J}.get(axis, axis) for axis in order]
+    return sizes, order
 
 
 def padded_rows(out_features: int) -> int:
@@ -54,12 +69,13 @@ def padded_columns(columns: int) -> int:
     return -(-columns // TILE_K) * TILE_K
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int, *, quads: bool = False) -> Tensor:
     """words[i, j, r, w] = the codes of row 128 i + r at the columns of word w of k tile j.
 
     Args:
         codes: uint8 [N, K'], each below 2**bits. Padding rows and columns get code 0.
         bits: 2, 4 or 8.
+        quads: threads have four neighbouring columns.
 
     Returns:
         int32 [N' / 128, K'' / 128, 128, 4 * bits].
@@ -67,15 +83,16 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     padding = (0, padded_columns(columns) - columns, 0, padded_rows(rows) - rows)
     padded = torch.nn.functional.pad(codes, padding)
-    split = padded.unflatten(0, (-1, TILE_N)).unflatten(2, (-1, *_COLUMN_AXES[bits]))
-    ordered = split.permute(0, 2, 1, *(3 + axis for axis in _STORAGE_ORDER[bits]))
+    sizes, order = _axes(bits, quads)
+    split = padded.unflatten(0, (-1, TILE_N)).unflatten(2, (-1, *sizes))
+    ordered = split.permute(0, 2, 1, *(3 + axis for axis in order))
     return pack_aligned(ordered.flatten(3), bits).contiguous()
 
 
-def unpack_codes(words: Tensor, bits: int) -> Tensor:
+def unpack_codes(words: Tensor, bits: int, *, quads: bool = False) -> Tensor:
     """Inverse of `pack_codes`: uint8 [N', K''], padding included."""
-    axes, order = _COLUMN_AXES[bits], _STORAGE_ORDER[bits]
-    stored = unpack_aligned(words, bits, TILE_K).unflatten(3, [axes[axis] for axis in order])
+    sizes, order = _axes(bits, quads)
+    stored = unpack_aligned(words, bits, TILE_K).unflatten(3, [sizes[axis] for axis in order])
     inverse = [order.index(axis) for axis in range(len(order))]
     split = stored.permute(0, 2, 1, *(3 + axis for axis in inverse))
     codes: Tensor = split.flatten(2).flatten(0, 1)

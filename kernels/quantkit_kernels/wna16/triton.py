@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkit_kernels.code_types import CodeType
 from quantkit_kernels.tile_choice import wna16_tile
 from quantkit_kernels.triton_common import add_splits, device_of
+from quantkit_kernels.tuning import Device
 from quantkit_kernels.wna16.cuda_layout import (
     TILE_K,
     TILE_N,
@@ -40,8 +41,21 @@ DENSE_WARPS = 8
 """Of `dequantise_rows`: with 4, a tile of float32 does not fit the registers."""
 
 
+NO_QUADS_FROM = (3, 8)
+"""Triton's version from which a joined operand of mma.sync is as any other."""
+
 DENSE_ROWS = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
 """Rows that one program of `dequantise_rows` writes."""
+
+
+def takes_quads(device: Device) -> bool:
+    """True where `tl.dot` wants four neighbouring columns of a joined operand in each thread.
+
+    Earlier Triton does, of mma.sync: it takes `tl.join` for a sign of 8-bit values, which so were
+    loaded four at a time. Packed otherwise, weights would go through shared memory.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return device.capability < 90 and version < NO_QUADS_FROM
 
 
 class Operand(NamedTuple):
@@ -71,6 +85,7 @@ class Operand(NamedTuple):
             "CODE": self.code_type,
             "G": self.group_size if self.group_size <= TILE_K else WHOLE_ROW.value,
             "ZERO": self.zero,
+            "QUADS": takes_quads(device_of(self.codes)),
             "ASM": self.codes.is_cuda,
         }
 
@@ -92,7 +107,7 @@ def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
     route = "dequantise + cuBLAS" if dtype == torch.float32 else "tensor cores"
     suffix = "" if code_type == "int" else f" {code_type.upper()}"
     return PackedWeight(
-        codes=pack_codes(weight.codes, bits),
+        codes=pack_codes(weight.codes, bits, quads=takes_quads(device_of(weight.codes))),
         scales=pack_scales(scales, zeros, group_size),
         zeros=None,
         gather=gather,

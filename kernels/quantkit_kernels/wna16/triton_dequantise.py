@@ -107,6 +107,7 @@ def dequantise_tile(
     ZERO: tl.constexpr,
     SCALE: tl.constexpr,
     REST: tl.constexpr,
+    QUADS: tl.constexpr,
     BF16: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -128,7 +129,7 @@ def dequantise_tile(
         value = value_pair(pairs[i], groups, i, BITS, CODE, BN, G, ZERO, SCALE, FACTOR, BF16, ASM)
         # Triton has no starred expressions, mypy no tuple that grows.
         values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005
-    return arrange(values, BN, BITS, BF16)
+    return arrange(values, BN, BITS, QUADS, BF16)
 
 
 @triton.jit
@@ -148,12 +149,17 @@ def exact_values(
     ROWS: tl.constexpr,
     G: tl.constexpr,
     ZERO: tl.constexpr,
+    QUADS: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """float32 values [ROWS, 128]: those of code books as a 16-bit float and what that lacks."""
-    values = dequantise_tile(words, groups, BITS, CODE, ROWS, G, ZERO, False, False, False, ASM)
+    values = dequantise_tile(
+        words, groups, BITS, CODE, ROWS, G, ZERO, False, False, QUADS, False, ASM
+    )
     exact = values.to(tl.float32)
     if BITS == 4 and CODE != "int":
-        rest = dequantise_tile(words, groups, BITS, CODE, ROWS, G, ZERO, False, True, False, ASM)
+        rest = dequantise_tile(
+            words, groups, BITS, CODE, ROWS, G, ZERO, False, True, QUADS, False, ASM
+        )
         exact += rest.to(tl.float32)
     return exact

@@ -31,6 +31,7 @@ def wna16_gemm(
     CODE: tl.constexpr,
     G: tl.constexpr,
     ZERO: tl.constexpr,
+    QUADS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     SCALE: tl.constexpr,
@@ -60,6 +61,7 @@ def wna16_gemm(
             type of x.
         G: group size, or WHOLE_ROW.
         ZERO: the zero-point of all groups, or None where scale words hold them.
+        QUADS: the order of columns in which codes are packed, see `cuda_layout`.
         STAGES: depth of the load pipeline.
     """
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
@@ -89,7 +91,18 @@ def wna16_gemm(
         else:
             groups = load_groups(scales_ptr, k_tile, rows, padded_n, BITS, G)
         w = dequantise_tile(
-            words, groups, BITS, CODE, BN, G, ZERO, SCALE and G != WHOLE_ROW, False, BF16, ASM
+            words,
+            groups,
+            BITS,
+            CODE,
+            BN,
+            G,
+            ZERO,
+            SCALE and G != WHOLE_ROW,
+            False,
+            QUADS,
+            BF16,
+            ASM,
         )
         if not ASM:  # The interpreter has no bfloat16 arithmetic.
             w = w.to(tl.float32)
@@ -123,6 +136,7 @@ def dequantise_rows(
     CODE: tl.constexpr,
     G: tl.constexpr,
     ZERO: tl.constexpr,
+    QUADS: tl.constexpr,
     ROWS: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -154,11 +168,11 @@ def dequantise_rows(
         else:
             group = k_tile * (TILE_K // G) + tl.arange(0, TILE_K) // G
             column_words = tl.load(scales_ptr + group[None, :] * padded_n + rows[:, None])
-        values = exact_values(words, groups, BITS, CODE, ROWS, G, ZERO, ASM)
+        values = exact_values(words, groups, BITS, CODE, ROWS, G, ZERO, QUADS, ASM)
         w = values * scale_of(column_words, CODE)
     else:
         BF16: tl.constexpr = tl.bfloat16 == DTYPE
-        w = dequantise_tile(words, groups, BITS, CODE, ROWS, G, ZERO, True, False, BF16, ASM)
+        w = dequantise_tile(words, groups, BITS, CODE, ROWS, G, ZERO, True, False, QUADS, BF16, ASM)
     columns = k_tile * TILE_K + tl.arange(0, TILE_K)
     offsets = out_rows[:, None].to(tl.int64) * (k_tiles * TILE_K) + columns
     tl.store(out_ptr + offsets, w)

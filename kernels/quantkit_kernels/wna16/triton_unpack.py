@@ -155,21 +155,37 @@ def spread(groups, BN: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def arrange(pairs, BN: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr):
-    """Pairs [BN, 4 * BITS] of words to columns [BN, 128]: no instruction, see `cuda_layout`."""
+def arrange(pairs, BN: tl.constexpr, BITS: tl.constexpr, QUADS: tl.constexpr, BF16: tl.constexpr):
+    """Pairs [BN, 4 * BITS] of words to columns [BN, 128]: no instruction, see `cuda_layout`.
+
+    QUADS: j counts columns 2 apart, not 8.
+    """
     if BITS == 8:
         joined = tl.join(halves(pairs[0], BF16), halves(pairs[1], BF16))
-        split = tl.reshape(joined, (BN, 2, 4, 4, 2, 2))  # n, h, t, v, b, j8
-        return tl.reshape(tl.permute(split, (0, 1, 3, 5, 2, 4)), (BN, TILE_K))
+        split = tl.reshape(joined, (BN, 2, 4, 4, 2, 2))  # n, h, t, v, b, j
+        columns = (
+            tl.permute(split, (0, 1, 3, 2, 5, 4))
+            if QUADS
+            else tl.permute(split, (0, 1, 3, 5, 2, 4))
+        )
     elif BITS == 4:
         joined = join_four(pairs[0], pairs[1], pairs[2], pairs[3], BF16)
-        split = tl.reshape(joined, (BN, 4, 4, 2, 2, 2))  # n, t, v, b, j16, j8
-        return tl.reshape(tl.permute(split, (0, 2, 4, 5, 1, 3)), (BN, TILE_K))
+        split = tl.reshape(joined, (BN, 4, 4, 2, 2, 2))  # n, t, v, b, j16, j
+        columns = (
+            tl.permute(split, (0, 2, 4, 1, 5, 3))
+            if QUADS
+            else tl.permute(split, (0, 2, 4, 5, 1, 3))
+        )
     else:
         even = join_four(pairs[0], pairs[1], pairs[2], pairs[3], BF16)
         odd = join_four(pairs[4], pairs[5], pairs[6], pairs[7], BF16)
-        split = tl.reshape(tl.join(even, odd), (BN, 4, 2, 2, 2, 2, 2))  # n, t, v, b, j16, j32, j8
-        return tl.reshape(tl.permute(split, (0, 2, 5, 4, 6, 1, 3)), (BN, TILE_K))
+        split = tl.reshape(tl.join(even, odd), (BN, 4, 2, 2, 2, 2, 2))  # n, t, v, b, j16, j32, j
+        columns = (
+            tl.permute(split, (0, 2, 5, 4, 1, 6, 3))
+            if QUADS
+            else tl.permute(split, (0, 2, 5, 4, 6, 1, 3))
+        )
+    return tl.reshape(columns, (BN, TILE_K))
 
 
 @triton.jit
