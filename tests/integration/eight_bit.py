@@ -93,6 +93,14 @@ CASES = {
         "quantkit",
         plain("int-quantized", INT, ActivationSpec(code="int8", symmetric=False, **STATIC)),
     ),
+    "int-quantized, zero-points of weights and tokens": Case(
+        "quantkit",
+        plain(
+            "int-quantized",
+            INT.model_copy(update={"symmetric": False}),
+            ActivationSpec(code="int8", symmetric=False),
+        ),
+    ),
     "naive-quantized weights alone": Case("quantkit-int8", plain("naive-quantized", INT)),
     "bitsandbytes int8": Case(
         "quantkit-llm-int8",
