@@ -209,6 +209,8 @@ def test_codes_may_lie_in_quads(
     assert torch.equal(run(x, quads), expected)
 
 
+@interpreter
+@in_interpreter
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("group", [*GROUPS, 256])
 def test_float32_is_exact(group: int, bits: int) -> None:
