@@ -20,15 +20,15 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from benchmarks.kernel_report.cuda_peers import cuda_gates
 from benchmarks.kernel_report.kv_peers import kv_gates
-from benchmarks.kernel_report.library_peers import library_gates
 from benchmarks.kernel_report.linear_peers import linear_gates
 from benchmarks.kernel_report.quant_peers import quant_gates
 from benchmarks.kernel_report.sources import vllm_folder
 from tests.kernels.gates import RECORD, TRITON, Gate
 
 FAMILIES = ("wna16", "scaled_mm", "llm_int8", "act_quant", "kv_int4")
-PEERS, LIBRARY = "peers", "library"
+PEERS, CUDA = "peers", "cuda"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Row:
     """One compiled kernel.
 
     Attributes:
-        family: of `FAMILIES`; or `PEERS`, or `LIBRARY`.
+        family: of `FAMILIES`; or `PEERS`, or `CUDA`.
         name: the gate's.
         per_value: instructions per thread for each weight, channel or cached value; None where
             nothing is counted.
@@ -55,9 +55,9 @@ class Row:
 
 def gates_of(family: str, library: Path | None) -> list[Gate]:
     """Every kernel of a family, or vLLM's."""
-    if family == LIBRARY:
+    if family == CUDA:
         assert library is not None
-        return list(library_gates(library))
+        return list(cuda_gates(library))
     if family != PEERS:
         found: list[Gate] = import_module(f"tests.kernels.{family}_builds").gates()
         return found
@@ -103,7 +103,7 @@ def merge(record: Path, families: Iterable[str], rows: Iterable[Row]) -> None:
 
 
 def _order(row: dict[str, object]) -> tuple[int, str]:
-    return [*FAMILIES, PEERS, LIBRARY].index(str(row["family"])), str(row["name"])
+    return [*FAMILIES, PEERS, CUDA].index(str(row["family"])), str(row["name"])
 
 
 def _compile_all(families: list[str], workers: int, library: Path | None) -> Iterator[Row]:
@@ -114,21 +114,21 @@ def _compile_all(families: list[str], workers: int, library: Path | None) -> Ite
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    choices = [*FAMILIES, PEERS, LIBRARY]
+    choices = [*FAMILIES, PEERS, CUDA]
     parser.add_argument("--only", nargs="+", choices=choices, default=[*FAMILIES, PEERS])
-    parser.add_argument("--library", type=Path, help="vLLM's compiled CUDA kernels (_C*.so)")
+    parser.add_argument("--cuda-library", type=Path, help="vLLM's compiled CUDA kernels (_C*.so)")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, default=RECORD)
     args = parser.parse_args()
-    if (LIBRARY in args.only) != (args.library is not None):
-        parser.error("--only library and --library FILE go together")
+    if (CUDA in args.only) != (args.cuda_library is not None):
+        parser.error("--only cuda and --cuda-library FILE go together")
     return args
 
 
 def main() -> int:
     """Compile, print and write the report."""
     args = _parse_arguments()
-    rows = list(_compile_all(args.only, args.workers, args.library))
+    rows = list(_compile_all(args.only, args.workers, args.cuda_library))
     print(f"Triton {TRITON}, vLLM's kernels for sm_90; compiled only\n\n{table(rows)}")
     merge(args.json, args.only, rows)
     return 0

@@ -1,7 +1,7 @@
 """vLLM's fused norms that quantise, which are CUDA: read from a released library, not compiled.
 
 pip download --no-deps vllm==0.26.0 && unzip vllm-*.whl 'vllm/_C*.so'
-python -m benchmarks.kernel_report --only library --library vllm/_C_stable_libtorch.abi3.so
+python -m benchmarks.kernel_report --only cuda --cuda-library vllm/_C_stable_libtorch.abi3.so
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FUNCTION = re.compile(r"^\.text\.(?P<name>\S+):\n(?P<sass>.*?)(?=^//-|\Z)", re.
 _USAGE = r"Function {}:\s+REG:(?P<registers>\d+)\s+STACK:(?P<stack>\d+)\s+SHARED:(?P<shared>\d+)"
 
 
-def library_gates(library: Path) -> Iterator[Gate]:
+def cuda_gates(library: Path) -> Iterator[Gate]:
     """RMS norm and per-token FP8, with and without the residual."""
     for kind, part in VARIANTS.items():
         name = f"vLLM CUDA rms_norm_dynamic_per_token_quant {kind} E4M3"
