@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from benchmarks.gpu.goals import GOALS, outcome
 from benchmarks.gpu.results import Results, Row
 
-OURS = "quantkit"
-
 
 def markdown(results: Results) -> str:
     """The whole report."""

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
-from quantkit_kernels import devices
+from tests.kernels.paper_gpu import triton_for_cpu
 
 Key = tuple[str, str]
 """Kernel, and what it is specialised for."""
@@ -47,7 +47,5 @@ def launch_keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchKeys]:
         keys.launch(self, args, kwargs)
 
     monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setitem(devices.MODULES, "cpu", "triton")
-    devices.backend.cache_clear()
-    yield keys
-    devices.backend.cache_clear()
+    with triton_for_cpu():
+        yield keys

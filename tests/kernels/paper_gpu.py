@@ -68,6 +68,17 @@ class _Driver:
 
 
 @contextmanager
+def triton_for_cpu() -> Iterator[None]:
+    """Ops on CPU tensors go to the modules that launch Triton kernels."""
+    with patch.dict(devices.MODULES, cpu=devices.MODULES["cuda"]):
+        devices.backend.cache_clear()
+        try:
+            yield
+        finally:
+            devices.backend.cache_clear()
+
+
+@contextmanager
 def paper_gpu(device: Device) -> Iterator[Launches]:
     """Ops on CPU tensors launch on `device`, as if the tensors were there.
 
@@ -86,17 +97,15 @@ def paper_gpu(device: Device) -> Iterator[Launches]:
         function.device_caches = type(function.device_caches)(function.create_binder)
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(_Driver(device, launches))
-    devices.backend.cache_clear()
     try:
         with (
             patch.object(JITFunction, "_do_compile", compiling),
             patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)),
-            patch.dict(devices.MODULES, cpu=devices.MODULES["cuda"]),
+            triton_for_cpu(),
             patch.object(triton_common, "_cuda_device", lambda index: device),
         ):
             yield launches
     finally:
-        devices.backend.cache_clear()
         triton.runtime.driver.set_active(before)
         for function, cache in zip(known, caches, strict=True):
             function.device_caches = cache

@@ -8,6 +8,7 @@ graph.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ DENSE_ROWS = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
 """Rows that one program of `dequantise_rows` writes."""
 
 
+@cache
 def takes_quads(device: Device) -> bool:
     """True where `tl.dot` wants four neighbouring columns of a joined operand in each thread.
 
