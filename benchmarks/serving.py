@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks.engine import Engine, EngineSpec
 from benchmarks.machine import describe_machine
 from benchmarks.random_model import config_0_7b, make_pair
+from vllm_quantkit.engine import Engine, EngineSpec
 
 CACHE = Path(".cache/bench")
 HELD_OUT = Path("examples/tiny-lm/data/held_out.txt")

@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks.engine import Engine, EngineError, EngineSpec
 from examples.demo_models import DemoModels, prepare
 from examples.demo_server import Server, ServerError
+from vllm_quantkit.engine import Engine, EngineError, EngineSpec
 
 LOGS = Path(".cache/demo")
 HELD_OUT = Path("examples/tiny-lm/data/held_out.txt")

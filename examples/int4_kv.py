@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import Engine, EngineError, EngineSpec
+from vllm_quantkit.engine import Engine, EngineError, EngineSpec
 
 DEMO = Path("examples/tiny-lm")
 HELD_OUT = DEMO / "data/held_out.txt"

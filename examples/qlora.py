@@ -21,8 +21,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.engine_worker import lora_request, score
 from vllm_quantkit.finetune import load_frozen
+from vllm_quantkit.integration.engine_worker.generation import lora_request
+from vllm_quantkit.integration.engine_worker.scoring import score
 
 BASE = Path("examples/tiny-lm/awq")
 QUANTIZATION = "quantkit-awq"

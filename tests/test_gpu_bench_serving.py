@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.engine import Engine, EngineError, EngineSpec
 from benchmarks.gpu import serving, serving_worker
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.serving_models import AWQ, BF16, EIGHT_B, GROUPS, TINY, make_specs
 from benchmarks.gpu.serving_report import GOALS, LONG, ONE, Speeds, ratio, report
+from vllm_quantkit.engine import Engine, EngineError, EngineSpec
 from vllm_quantkit.schemes import get_method
 
 PLENTY = Budget.begin(1000)
@@ -28,9 +28,9 @@ class FakeEngine(serving.GpuEngine):
         self._rate, self._dies_at = rate, dies_at
         self.asked: list[str] = []
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        self.asked.append(request["op"])
-        if request["op"] == self._dies_at:
+    def ask(self, op: str, **request: Any) -> dict[str, Any]:
+        self.asked.append(op)
+        if op == self._dies_at:
             raise EngineError("the engine stopped; its log ends:\nRuntimeError: out of memory\nbye")
         tokens = request["tokens"] * request.get("batch", 1)
         return {"seconds": [0.5, 0.5 + tokens / self._rate]}

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import Engine, EngineError, EngineSpec
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.serving_models import EIGHT_B, GROUPS, TINY, Size, make_specs
 from benchmarks.gpu.serving_report import LONG, ONE, Seconds, Speeds, report
 from benchmarks.machine import describe_machine
+from vllm_quantkit.engine import Engine, EngineError, EngineSpec
 
 RESULTS = Path("benchmarks/results/gpu_serving.json")
 CACHE = Path(".cache/bench/gpu-serving")
@@ -42,14 +42,14 @@ class GpuEngine(Engine):
 
     def decode(self, batch: int, context: int, tokens: int) -> Seconds:
         """Of sequences that have `context` tokens already: for one token, and `tokens` more."""
-        return self._seconds(op="decode", batch=batch, context=context, tokens=tokens)
+        return self._seconds("decode", batch=batch, context=context, tokens=tokens)
 
     def prefill(self, tokens: int) -> Seconds:
         """Of a short prompt that no cache holds, and of one of `tokens` more."""
-        return self._seconds(op="prefill", tokens=tokens)
+        return self._seconds("prefill", tokens=tokens)
 
-    def _seconds(self, **request: Any) -> Seconds:
-        short, full = self._ask(**request)["seconds"]
+    def _seconds(self, op: str, **request: Any) -> Seconds:
+        short, full = self.ask(op, **request)["seconds"]
         return short, full
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import EngineSpec
+from vllm_quantkit.engine import EngineSpec
 from vllm_quantkit.formats import get_format
 from vllm_quantkit.spec import PER_CHANNEL, ActivationSpec, WeightSpec
 

@@ -5,16 +5,15 @@ It registers the plugin itself, so that nothing has to be installed.
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 import time
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.engine_worker import claim_stdout, generate, send, start
+from vllm_quantkit.integration.engine_worker.generation import generate
+from vllm_quantkit.integration.engine_worker.process import serve
 
 CODES = ("qweight", "weight", "weight_packed")
 """Names of parameters that hold codes, in all dialects served here."""
@@ -26,20 +25,16 @@ TOKENS = range(4, 1000)
 WARM_UP_TOKENS = 8
 FEW_TOKENS = 16
 
+Seconds = tuple[float, float]
+
 
 def main() -> None:
     """Start the engine described by the first argument, then answer until input ends."""
-    answers = claim_stdout()
     from vllm_quantkit.plugin import register
 
     register()
     fill_codes_at_random()
-    engine = start(json.loads(sys.argv[1]))
-    send(answers, ready=True)
-    operations = {"decode": decode, "prefill": prefill}
-    for line in sys.stdin:
-        request = json.loads(line)
-        send(answers, seconds=operations[request.pop("op")](engine, **request))
+    serve({"decode": decode, "prefill": prefill}.__getitem__)
 
 
 def fill_codes_at_random() -> None:
@@ -72,7 +67,7 @@ def random_prompt(tokens: int) -> list[int]:
     return random.choices(TOKENS, k=tokens)
 
 
-def decode(engine: Any, batch: int, context: int, tokens: int) -> tuple[float, float]:
+def decode(engine: Any, batch: int, context: int, tokens: int) -> dict[str, Seconds]:
     """Seconds for the first token of `batch` sequences, and for so many `tokens` more.
 
     They have `context` tokens already; the difference leaves prefill, of what is not cached, out.
@@ -80,10 +75,10 @@ def decode(engine: Any, batch: int, context: int, tokens: int) -> tuple[float, f
     prompts = [random_prompt(context) for _ in range(batch)]
     for count in (1, WARM_UP_TOKENS):
         seconds(engine, prompts, count)
-    return seconds(engine, prompts, 1), seconds(engine, prompts, tokens + 1)
+    return {"seconds": (seconds(engine, prompts, 1), seconds(engine, prompts, tokens + 1))}
 
 
-def prefill(engine: Any, tokens: int) -> tuple[float, float]:
+def prefill(engine: Any, tokens: int) -> dict[str, Seconds]:
     """Seconds for the first token behind a short prompt, and behind one of `tokens` more.
 
     The difference leaves request handling and the decoded token out.
@@ -91,7 +86,7 @@ def prefill(engine: Any, tokens: int) -> tuple[float, float]:
     many = FEW_TOKENS + tokens
     # The first, which warms up, is not counted.
     _, short, full = (seconds(engine, [random_prompt(n)], 1) for n in (many, FEW_TOKENS, many))
-    return short, full
+    return {"seconds": (short, full)}
 
 
 def seconds(engine: Any, prompts: list[list[int]], count: int) -> float:

@@ -11,11 +11,15 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from benchmarks.engine_worker import claim_stdout, generate, lora_request, score, send, start
 from tests.reference_model import layer_input
+from vllm_quantkit.integration.engine_worker.generation import generate, lora_request
+from vllm_quantkit.integration.engine_worker.operations import find_operation
+from vllm_quantkit.integration.engine_worker.process import claim_stdout, send, start
+from vllm_quantkit.integration.engine_worker.scoring import score
 
 SHARED = (
     "vllm.entrypoints.llm",
@@ -56,11 +60,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         import_module("torch._dynamo").config.disable = True
     try:
         engine = start(job["spec"])
-        answers = [OPERATIONS[ask.pop("op")](engine, **ask) for ask in job["asks"]]
+        answers = [operation(ask.pop("op"))(engine, **ask) for ask in job["asks"]]
     except Exception as error:  # the test decides whether it was expected
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}", "log": log}
     return {"answers": answers, "log": log}
+
+
+def operation(name: str) -> Callable[..., Any]:
+    """An operation of tests, or else of the engine's own process."""
+    return OPERATIONS.get(name) or find_operation(name)
 
 
 def record_log() -> list[str]:

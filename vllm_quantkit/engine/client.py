@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
+
+from vllm_quantkit.errors import QuantkitError
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -21,6 +24,12 @@ ENVIRONMENT = {
 }
 
 FOREVER = threading.TIMEOUT_MAX
+
+CLOSING_SECONDS = 20
+"""For an engine to end by itself when nobody asks it any more."""
+
+TAIL = 15
+"""Lines of an engine's log that an error quotes."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,8 @@ class EngineSpec:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-class EngineError(RuntimeError):
-    """An engine died or refused; the message ends with its last log lines."""
+class EngineError(QuantkitError):
+    """An engine refused, failed or died; says why, or ends with its last log lines."""
 
 
 class Engine:
@@ -56,53 +65,69 @@ class Engine:
         EngineError: it refused, or did not start in time.
     """
 
-    WORKER: ClassVar[str] = "benchmarks.engine_worker"
+    WORKER: ClassVar[str] = "vllm_quantkit.integration.engine_worker"
 
     def __init__(self, spec: EngineSpec, log: Path, start_seconds: float = FOREVER) -> None:
+        self.spec = spec
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", self.WORKER, json.dumps(spec.__dict__)]
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", self.WORKER, json.dumps(asdict(spec))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
                 env={**ENVIRONMENT, **os.environ},
+                # Ctrl-C is for whoever asks; an engine and its ranks are ended together.
+                start_new_session=True,
             )
-        watch = threading.Timer(start_seconds, self._process.kill)
+        watch = threading.Timer(start_seconds, self._kill)
         watch.start()
         try:
             self._read()  # the worker says when it is ready
-        except EngineError:
-            self.__exit__(None, None, None)
+        except BaseException:
+            self._end(at_once=True)
             raise
         finally:
             watch.cancel()
 
+    def ask(self, op: str, **request: Any) -> dict[str, Any]:
+        """The answer of one of the worker's operations.
+
+        Raises:
+            EngineError: it failed, or the engine died.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"op": op, **request}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+        return self._read()
+
     def perplexity(self, text: str, max_tokens: int) -> tuple[float, int]:
         """exp(mean negative log-likelihood) of `text`, and the number of tokens scored."""
-        answer = self._ask(op="perplexity", text=text, max_tokens=max_tokens)
+        answer = self.ask("perplexity", text=text, max_tokens=max_tokens)
         return answer["perplexity"], answer["tokens"]
 
     def decode_speed(self, batch: int, tokens: int) -> float:
         """Tokens per second of one timed run, all sequences together."""
-        return float(self._ask(op="decode", batch=batch, tokens=tokens)["tokens_per_second"])
+        return float(self.ask("decode", batch=batch, tokens=tokens)["tokens_per_second"])
 
     def prefill_speed(self, tokens: int) -> float:
         """Tokens per second of one prompt of so many tokens, which no cache holds."""
-        return float(self._ask(op="prefill", tokens=tokens)["tokens_per_second"])
+        return float(self.ask("prefill", tokens=tokens)["tokens_per_second"])
 
     def continuations(self, text: str, prompts: int, length: int, tokens: int) -> list[list[int]]:
         """Greedy `tokens` behind each of `prompts` windows of `length` tokens of `text`."""
-        answer = self._ask(op="continue", text=text, prompts=prompts, length=length, tokens=tokens)
+        answer = self.ask("continue", text=text, prompts=prompts, length=length, tokens=tokens)
         found: list[list[int]] = answer["tokens"]
         return found
 
     def cache_tokens(self) -> int:
         """Tokens that the KV cache holds."""
-        return int(self._ask(op="cache")["tokens"])
+        return int(self.ask("cache")["tokens"])
 
     def __enter__(self) -> Engine:
         return self
@@ -113,28 +138,38 @@ class Engine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end(at_once=kind is not None)
+
+    def _end(self, *, at_once: bool) -> None:
+        """Let the process end, or kill it where it is in the middle of something."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        if at_once:
+            self._kill()
         self._process.stdin.close()
         try:
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=CLOSING_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.wait()
         self._process.stdout.close()
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
+    def _kill(self) -> None:
+        """End the engine and its ranks, which are one group of processes."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._process.wait()
-            tail = self._log.read_text().splitlines()[-15:]
-            raise EngineError(f"the engine stopped; {self._log} ends:\n" + "\n".join(tail))
+            raise self._died()
         answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise EngineError(f"{answer['error']} (the engine's log: {self._log})")
         return answer
+
+    def _died(self) -> EngineError:
+        self._process.wait()
+        tail = self._log.read_text(errors="replace").splitlines()[-TAIL:]
+        return EngineError(f"the engine stopped; {self._log} ends:\n" + "\n".join(tail))
