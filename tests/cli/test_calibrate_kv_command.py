@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from vllm_quantkit import cli
+from vllm_quantkit.cli.running import INTERRUPTED
 from vllm_quantkit.kv_calibration import read_kv_calibration
 from vllm_quantkit.quantize import commands
 
@@ -78,7 +79,7 @@ def test_ctrl_c_does_not_promise_to_go_on(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(commands, "calibrate_kv_cache", interrupt)
     result = command("--out", str(tmp_path / "kv"), *TEXT)
-    assert result.exit_code == cli.INTERRUPTED
+    assert result.exit_code == INTERRUPTED
     assert "interrupted: the same command begins anew" in result.output
     assert not list(tmp_path.iterdir())
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from tests.tiny_models import create_tiny_model
 from vllm_quantkit import cli
+from vllm_quantkit.cli.running import INTERRUPTED
 from vllm_quantkit.quantize.activation_stats import read_activation_stats
 from vllm_quantkit.quantize.job import Job
 from vllm_quantkit.quantize.output.report import REPORT_FILE, read_report
@@ -148,7 +149,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.setattr(Job, "quantize", interrupt)
     result = command("quantize", model, "--scheme", "rtn", "--out", str(tmp_path / "x"))
-    assert result.exit_code == cli.INTERRUPTED
+    assert result.exit_code == INTERRUPTED
     assert "--resume" in result.output
 
 
@@ -166,3 +167,13 @@ def test_calibrate_writes_what_smoothing_reads(model: str, tmp_path: Path) -> No
     again = command("calibrate", model, "--out", str(out), *TEXT[:-3], "--allow-few-samples")
     assert again.exit_code == 1
     assert "already exists" in again.output
+
+
+def test_a_program_reads_the_report(model: str, tmp_path: Path) -> None:
+    words = ["quantize", model, "--scheme", "rtn", "--json"]
+    planned = CliRunner().invoke(cli.app, [*words, "--dry-run"])
+    assert json.loads(planned.stdout)["schemes"] == {"4 bits, group 128 (rtn)": 14}
+    out = tmp_path / "out"
+    made = CliRunner().invoke(cli.app, [*words, "--out", str(out)])
+    assert json.loads(made.stdout)["scheme"] == {"4 bits, group 128": 14}
+    assert made.stderr == ""

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from vllm_quantkit.errors import ConfigError
 from vllm_quantkit.kv_calibration import write_kv_calibration
 from vllm_quantkit.quantize.activation_stats import write_activation_stats
@@ -24,11 +22,12 @@ from vllm_quantkit.quantize.kv_cache.calibrating import calibrate_kv_cache, kv_o
 from vllm_quantkit.quantize.kv_cache.telling import closing_lines, table_lines, warnings
 from vllm_quantkit.quantize.output.report import render_lines
 from vllm_quantkit.quantize.output.workspace import refuse_existing
-from vllm_quantkit.quantize.progress import Bars
+from vllm_quantkit.quantize.progress import watching
 from vllm_quantkit.quantize.recipes.presets import KEEP
 from vllm_quantkit.quantize.recipes.recipe_file import Recipe, read_recipe
 from vllm_quantkit.quantize.run_options import GIB, RunOptions
 from vllm_quantkit.spec import Frozen
+from vllm_quantkit.terminal import Terminal
 
 NOTHING = Recipe(scheme=KEEP)
 """Of a run that only looks."""
@@ -39,7 +38,7 @@ def run_quantize(
     out: Path | None,
     recipe: Path | None,
     given: Mapping[str, Any],
-    console: Console,
+    terminal: Terminal,
     *,
     dry_run: bool,
 ) -> None:
@@ -50,7 +49,7 @@ def run_quantize(
         out: the new folder.
         recipe: a YAML file; options on the command line go over it.
         given: options on the command line.
-        console: where to print.
+        terminal: where to speak.
         dry_run: True only plans.
 
     Raises:
@@ -64,8 +63,10 @@ def run_quantize(
         _known(given, RunOptions),
     )
     if dry_run:
-        for line in estimate(job).lines():
-            console.print(line)
+        plan = estimate(job)
+        for line in plan.lines():
+            terminal.line(line)
+        terminal.result(plan.summary())
         return
     if out is None:
         raise ConfigError("no place to write to was given: pass --out FOLDER.")
@@ -73,34 +74,37 @@ def run_quantize(
     job = job.rehearsing(given.get("layers"))
     sets = job.token_sets()
     for warning in () if sets is None else sets.warnings:
-        console.print(f"warning: {warning}")
-    with Bars(console) as bars:
-        report = job.quantize(out, sets, bars)
+        terminal.warn(warning)
+    with watching(terminal) as watcher:
+        report = job.quantize(out, sets, watcher)
     for line in render_lines(report):
-        console.print(line)
-    console.print(f"peak memory: {report.resources.host_bytes / GIB:.2f} GiB on the host")
+        terminal.line(line)
+    terminal.line(f"peak memory: {report.resources.host_bytes / GIB:.2f} GiB on the host")
     if report.resources.device_bytes is not None:
-        console.print(f"peak memory: {report.resources.device_bytes / GIB:.2f} GiB on the device")
-    console.print(f"serve it: vllm serve {out}")
+        terminal.line(f"peak memory: {report.resources.device_bytes / GIB:.2f} GiB on the device")
+    terminal.line(f"serve it: vllm serve {out}")
+    terminal.result(report)
 
 
-def run_calibrate(model: str, out: Path, given: Mapping[str, Any], console: Console) -> None:
+def run_calibrate(model: str, out: Path, given: Mapping[str, Any], terminal: Terminal) -> None:
     """Writes the largest input of every channel of every layer of `model` to `out`.
 
     Raises:
         QuantkitError: see `Job` and `collect_ranges`.
     """
     refuse_existing(out)
-    job, sets = _looking(model, {**given, "held_out": 1}, console)
-    with Bars(console) as bars:
-        stats = collect_ranges(job.source, sets.calibration, run=job.run, watcher=bars)
+    job, sets = _looking(model, {**given, "held_out": 1}, terminal)
+    with watching(terminal) as watcher:
+        stats = collect_ranges(job.source, sets.calibration, run=job.run, watcher=watcher)
     largest = {name: ranges.absmax for name, ranges in stats.items()}
     write_activation_stats(largest, out, tokens=sets.calibration.tokens)
-    console.print(f"{out}: {len(largest)} layers, {sets.calibration.tokens:,} tokens.")
+    tokens = sets.calibration.tokens
+    terminal.line(f"{out}: {len(largest)} layers, {tokens:,} tokens.")
+    terminal.result({"file": str(out), "layers": len(largest), "tokens": tokens})
 
 
 def run_calibrate_kv(
-    model: str, out: Path, bound: float | None, given: Mapping[str, Any], console: Console
+    model: str, out: Path, bound: float | None, given: Mapping[str, Any], terminal: Terminal
 ) -> None:
     """Writes what a cache of 4 bits should know of the keys of `model` to the folder `out`.
 
@@ -109,26 +113,27 @@ def run_calibrate_kv(
     """
     refuse_existing(out)
     options = kv_options(bound)
-    job, sets = _looking(model, given, console)
-    with Bars(console) as bars:
+    job, sets = _looking(model, given, terminal)
+    with watching(terminal) as watcher:
         found = calibrate_kv_cache(
             job.source,
             sets,
             run=job.run,
             options=options,
-            watcher=bars,
+            watcher=watcher,
             model_name=hub_name(model),
         )
     write_kv_calibration(found, out)
     for line in table_lines(found):
-        console.print(line)
+        terminal.line(line)
     for warning in warnings(found):
-        console.print(f"warning: {warning}")
+        terminal.warn(warning)
     for line in closing_lines(found, model, job.source, out):
-        console.print(line)
+        terminal.line(line)
+    terminal.result(found.summary)
 
 
-def _looking(model: str, given: Mapping[str, Any], console: Console) -> tuple[Job, TokenSets]:
+def _looking(model: str, given: Mapping[str, Any], terminal: Terminal) -> tuple[Job, TokenSets]:
     """A run that only looks, and its text; prints what the user should be warned of.
 
     Raises:
@@ -140,7 +145,7 @@ def _looking(model: str, given: Mapping[str, Any], console: Console) -> tuple[Jo
     if sets is None:
         raise ConfigError("no calibration text was given: pass --calibration FILE.")
     for warning in sets.warnings:
-        console.print(f"warning: {warning}")
+        terminal.warn(warning)
     return job, sets
 
 

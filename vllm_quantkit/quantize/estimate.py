@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -43,14 +45,29 @@ class Estimate:
     memory: dict[str, int]
     seconds: float
 
+    @property
+    def schemes(self) -> Mapping[str, int]:
+        """Numerics and method in words, to the number of layers that get them."""
+        return Counter(
+            f"{layer.scheme.describe()} ({_method(layer)})"
+            for layer in self.plan.layers
+            if layer.scheme is not None and layer.recipe is not None
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """These figures by name, and the plan in short."""
+        return {
+            "schemes": self.schemes,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "memory_bytes": self.memory,
+            "seconds": self.seconds,
+            "warnings": self.plan.warnings,
+        }
+
     def lines(self) -> Iterator[str]:
         """The plan and these figures in a few lines."""
-        counts: dict[str, int] = {}
-        for layer in self.plan.layers:
-            if layer.scheme is not None and layer.recipe is not None:
-                words = f"{layer.scheme.describe()} ({_method(layer)})"
-                counts[words] = counts.get(words, 0) + 1
-        for words, count in counts.items():
+        for words, count in self.schemes.items():
             yield f"{count} layers: {words}"
         yield f"weights: {self.bytes_before:,} -> {self.bytes_after:,} bytes"
         parts = ", ".join(f"{name} {_size(size)}" for name, size in self.memory.items())

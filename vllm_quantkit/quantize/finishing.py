@@ -26,7 +26,7 @@ from vllm_quantkit.quantize.output.report import (
 from vllm_quantkit.quantize.output.verify import verify_checkpoint
 from vllm_quantkit.quantize.output.workspace import Workspace
 from vllm_quantkit.quantize.plan import Plan
-from vllm_quantkit.quantize.progress import Tick
+from vllm_quantkit.terminal import Tick
 
 CARD = "README.md"
 

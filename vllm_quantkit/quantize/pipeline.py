@@ -28,10 +28,11 @@ from vllm_quantkit.quantize.output.report import CalibrationSummary, Quality, Re
 from vllm_quantkit.quantize.output.verify import decode_layer
 from vllm_quantkit.quantize.output.workspace import Workspace
 from vllm_quantkit.quantize.plan import BlockPlan, Plan, make_plan
-from vllm_quantkit.quantize.progress import Silent, Tick, Watcher
+from vllm_quantkit.quantize.progress import Silent, Watcher
 from vllm_quantkit.quantize.quality import compare
 from vllm_quantkit.quantize.recipes.recipe_file import Recipe
 from vllm_quantkit.quantize.run_options import GIB, RunOptions
+from vllm_quantkit.terminal import Tick
 
 
 def quantize(

@@ -10,9 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_quantkit.quantize.output.records import BlockRecord
-
-Tick = Callable[[], None]
-"""Says that one step of a phase is done."""
+from vllm_quantkit.terminal import Terminal, Tick
 
 Phase = Callable[[str, int], AbstractContextManager[Tick]]
 """Says that a phase with so many steps begins, and when it ends."""
@@ -95,6 +93,16 @@ class Bars:
         for layer in record.layers:
             if layer.note:
                 self._console.print(f"  {layer.name}: {layer.note}")
+
+
+@contextmanager
+def watching(terminal: Terminal) -> Iterator[Watcher]:
+    """`Bars` beside the results, or nobody where no progress is wanted."""
+    if terminal.silent:
+        yield Silent()
+        return
+    with Bars(terminal.aside) as bars:
+        yield bars
 
 
 def _no_tick() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vllm_quantkit.quantize.calibration import TokenSet
 from vllm_quantkit.quantize.model.hidden_states import HiddenStates
-from vllm_quantkit.quantize.progress import Tick
+from vllm_quantkit.terminal import Tick
 
 if TYPE_CHECKING:
     from vllm_quantkit.quantize.model.model_shell import BlockCall, ModelShell
