@@ -172,7 +172,7 @@ def test_calibrate_writes_what_smoothing_reads(model: str, tmp_path: Path) -> No
 def test_a_program_reads_the_report(model: str, tmp_path: Path) -> None:
     words = ["quantize", model, "--scheme", "rtn", "--json"]
     planned = CliRunner().invoke(cli.app, [*words, "--dry-run"])
-    assert json.loads(planned.stdout)["schemes"] == {"4 bits, group 128 (rtn)": 14}
+    assert json.loads(planned.stdout)["schemes"] == {"4 bits, group 128 (nearest)": 14}
     out = tmp_path / "out"
     made = CliRunner().invoke(cli.app, [*words, "--out", str(out)])
     assert json.loads(made.stdout)["scheme"] == {"4 bits, group 128": 14}
