@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -141,22 +142,21 @@ class Engine:
         self._end(at_once=kind is not None)
 
     def _end(self, *, at_once: bool) -> None:
-        """Let the process end, or kill it where it is in the middle of something."""
+        """Let the process end, or kill it where it is in the middle of something or stays."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         if at_once:
             self._kill()
         self._process.stdin.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=CLOSING_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._kill()
-            self._process.wait()
+        self._kill()
+        self._process.wait()
         self._process.stdout.close()
 
     def _kill(self) -> None:
-        """End the engine and its ranks, which are one group of processes."""
-        if self._process.poll() is None:
+        """End the engine and its ranks, which are one group of processes, as far as they run."""
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read(self) -> dict[str, Any]:
