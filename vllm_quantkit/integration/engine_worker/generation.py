@@ -46,3 +46,53 @@ def continue_text(
     stride = (len(ids) - length) // prompts
     starts = range(0, prompts * stride, stride)
     return {"tokens": generate(engine, [ids[i : i + length] for i in starts], tokens)}
+
+
+def write_texts(
+    engine: Any,
+    prompts: list[list[int]],
+    tokens: int,
+    seeds: list[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    ends: bool = False,
+    batch: int | None = None,
+) -> dict[str, Any]:
+    """At most `tokens` tokens after each prompt, and whether the model ended there by itself.
+
+    Args:
+        engine: a `vllm.LLM`.
+        prompts: token ids.
+        tokens: of a continuation.
+        seeds: of each prompt's sampling.
+        temperature: 0 takes the most likely token.
+        top_p: share of probability that is sampled from.
+        ends: True where the end-of-text token, which is then a continuation's last, ends it.
+        batch: prompts that are continued together; None for all.
+    """
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            max_tokens=tokens,
+            ignore_eos=not ends,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            detokenize=False,
+        )
+        for seed in seeds
+    ]
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    size = batch or len(prompts)
+    outputs = [
+        output.outputs[0]
+        for start in range(0, len(prompts), size)
+        for output in engine.generate(
+            requests[start : start + size], params[start : start + size], use_tqdm=False
+        )
+    ]
+    return {
+        "tokens": [list(output.token_ids) for output in outputs],
+        "ended": [output.finish_reason == "stop" for output in outputs],
+    }

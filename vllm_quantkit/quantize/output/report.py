@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.quantize.calibration import CalibrationOptions, TokenSets
@@ -132,6 +132,7 @@ class Report(Frozen):
         resources: what it took.
         bits_per_weight: of the whole model.
         versions: packages, `python` and `device`.
+        evaluation: what `reporting.write_evaluation` put there since, kept as it is.
     """
 
     model: str
@@ -146,6 +147,7 @@ class Report(Frozen):
     resources: Resources
     bits_per_weight: float
     versions: dict[str, str] = Field(default_factory=dict)
+    evaluation: dict[str, JsonValue] | None = None
 
     @property
     def notes(self) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Long continuations of a quantised model beside its base's: what short answers hide."""

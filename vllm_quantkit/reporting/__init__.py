@@ -1,0 +1,1 @@
+"""What was measured, kept beside the checkpoint and shown as Markdown and HTML."""
