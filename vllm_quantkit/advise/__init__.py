@@ -1,0 +1,1 @@
+"""Which scheme, on this hardware, for this workload: what `quantkit advise` works out."""
