@@ -17,10 +17,21 @@ MODULES = {"cpu": "cpu", "cuda": "triton"}
 """Kind of device to the module of an op's folder that serves it; all others have `generic`."""
 
 
+LAYOUTS = {"cpu": "cpu", "cuda": "cuda_pack"}
+"""Kind of device to the module that lays a weight out for it, on whatever machine; all others have
+`generic`."""
+
+
 @cache
 def backend(op: str, device_type: str) -> ModuleType:
     """The module of the op's folder that serves a kind of device; imported when first needed."""
     return import_module(f"quantkit_kernels.{op}.{MODULES.get(device_type, 'generic')}")
+
+
+@cache
+def layout(op: str, device_type: str) -> ModuleType:
+    """The module of the op's folder whose `pack` lays a weight out; launches nothing."""
+    return import_module(f"quantkit_kernels.{op}.{LAYOUTS.get(device_type, 'generic')}")
 
 
 def check_activations(dtype: torch.dtype) -> None:

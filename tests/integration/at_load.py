@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.integration.engines import EngineHost
+from tests.integration.footprints import MEMORY, check_footprint
+from tests.integration.foreseen import check_log
 from tests.integration.layers import ROWS, check_layers
 from tests.integration.reference import assert_similar_scores, prompts, token_scores
 from tests.reference_model import load_reference, merged_outputs, quantize_as_at_load
@@ -38,9 +40,12 @@ def check(
     asks = [
         {"op": "score", "prompts": asked},
         {"op": "multiply", "layers": list(outputs), "rows": ROWS},
+        MEMORY,
     ]
     config = {"additional_config": {"quantkit": quantkit}} if quantkit else {}
     result = engines.run(folder, method, asks, **config)
     check_layers(result.answers[1], outputs)
     assert_similar_scores(result.answers[0], token_scores(reference, asked))
+    check_footprint(result.answers[2], folder, method, quantkit)
+    check_log(result.log, folder, method, quantkit)
     return result.log

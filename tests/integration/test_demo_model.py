@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.integration.engines import ROOT, EngineHost
+from tests.integration.foreseen import check_log
 from tests.integration.reference import PERPLEXITY_TOLERANCE, perplexity, token_scores
 
 pytestmark = pytest.mark.engine
@@ -85,10 +86,12 @@ def test_bf16_perplexity_is_the_references_before_and_after_a_reload(
     windows = [held_out[start : start + WINDOW] for start in starts]
     score = {"op": "score", "prompts": windows}
 
-    answers = engines.run(
+    result = engines.run(
         DEMO / dialect, FLAGS[dialect], [score, {"op": "reload"}, score], dtype="bfloat16"
-    ).answers
+    )
+    answers = result.answers
 
+    check_log(result.log, DEMO / dialect, FLAGS[dialect], dtype="bfloat16")
     expected = perplexity(token_scores(reference_model(DEMO / dialect), windows))
     assert perplexity(answers[0]) == pytest.approx(expected, rel=PERPLEXITY_TOLERANCE)
     assert answers[2] == answers[0]

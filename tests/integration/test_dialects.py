@@ -3,6 +3,8 @@
 import pytest
 
 from tests.integration.engines import EngineHost
+from tests.integration.footprints import MEMORY, check_footprint
+from tests.integration.foreseen import check_log
 from tests.integration.reference import assert_same_scores, prompts, twin_scores
 from tests.integration.schemes import awq, compressed, gptq, ruled_checkpoint
 from tests.tiny_models import create_tiny_model
@@ -21,7 +23,9 @@ def llama(tmp_path_factory):
 def check(engines: EngineHost, flag: str, pair) -> list[str]:
     """The engine agrees with the twin; returns what was logged."""
     asked = prompts()
-    result = engines.run(pair.quantized, flag, [{"op": "score", "prompts": asked}])
+    result = engines.run(pair.quantized, flag, [{"op": "score", "prompts": asked}, MEMORY])
+    check_footprint(result.answers[1], pair.quantized, flag)
+    check_log(result.log, pair.quantized, flag)
     assert_same_scores(result.answers[0], twin_scores(pair.twin, asked))
     return result.log
 

@@ -16,6 +16,8 @@ from tests.bitsandbytes_encoder import encode
 from tests.helpers import block_linears
 from tests.integration.eight_bit import CASES, write_quantised
 from tests.integration.engines import EngineHost
+from tests.integration.footprints import MEMORY, check_footprint
+from tests.integration.foreseen import check_log
 from tests.integration.layers import ROWS, check_layers
 from tests.integration.reference import assert_similar_scores, prompts, token_scores
 from tests.reference_model import load_reference, merged_outputs
@@ -41,9 +43,12 @@ def serve_and_check(
     asks = [
         {"op": "score", "prompts": asked},
         {"op": "multiply", "layers": list(outputs), "rows": ROWS},
+        MEMORY,
     ]
     result = engines.run(folder, method, asks)
     check_layers(result.answers[1], outputs)
+    check_footprint(result.answers[2], folder, method or "quantkit")
+    check_log(result.log, folder, method)
     assert_similar_scores(result.answers[0], token_scores(model, asked))
 
 

@@ -7,9 +7,9 @@ import torch
 
 from vllm_quantkit.errors import UnsupportedScheme
 from vllm_quantkit.integration import compat
-from vllm_quantkit.integration.invariance import check_invariant
 from vllm_quantkit.options import LayerOptions
 from vllm_quantkit.schemes import get_method
+from vllm_quantkit.schemes.invariance import check_invariant
 from vllm_quantkit.spec import ActivationSpec, SchemeSpec
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")

@@ -13,12 +13,12 @@ from tests.integration.engines import EngineFailed, EngineHost
 from tests.tiny_models import create_tiny_model
 from vllm_quantkit.errors import ConfigError, UnsupportedScheme
 from vllm_quantkit.integration.kv_refusals import (
-    SERVED_ON_CPU,
     check_cache_dtype,
     check_causal,
     check_engine,
     check_layer,
 )
+from vllm_quantkit.kv_rules import SERVED_ON_CPU
 from vllm_quantkit.options import KVCacheOptions, read_options
 from vllm_quantkit.schemes import get_method
 

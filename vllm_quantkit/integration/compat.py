@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -188,11 +188,19 @@ def serves(config: Mapping[str, Any], rules: LayerRules, hf_config: Any) -> bool
     hidden = int(getattr(hf_config, "hidden_size", None) or REPRESENTATIVE_SIZE)
     dtype = getattr(hf_config, "dtype", None) or torch.bfloat16
     return _parses(str(config["quant_method"]), config) and all(
-        _has_kernel(scheme.weight, (hidden, hidden), dtype)
+        _takes_groups(scheme) and _has_kernel(scheme.weight, (hidden, hidden), dtype)
         if scheme.is_packed
         else _has_path(scheme)
         for scheme in rules.schemes
     )
+
+
+def _takes_groups(scheme: SchemeSpec) -> bool:
+    """True where vLLM's method for the dialect takes the group size, whatever its kernels take."""
+    from vllm.model_executor.layers.quantization.utils import marlin_utils
+
+    groups: list[int] = marlin_utils.MARLIN_SUPPORTED_GROUP_SIZES
+    return scheme.dialect != "gptq" or scheme.weight.group_size in groups
 
 
 def _has_path(scheme: SchemeSpec) -> bool:
@@ -200,12 +208,12 @@ def _has_path(scheme: SchemeSpec) -> bool:
 
     On a CPU, 0.27 to 0.32 have W8A8 in integers, and FP8 from compressed-tensors with scales per
     channel and token; static, per-tensor and block FP8, weight-only layers and bitsandbytes fail
-    there.
+    there. E5M2, and INT8 weights with zero-points, fail everywhere.
     """
     from vllm.platforms import current_platform
 
     weight, activation = scheme.weight, scheme.activation
-    if weight.code_type == "e5m2":
+    if weight.code_type == "e5m2" or (weight.code_type == "int" and not weight.symmetric):
         return False
     if not current_platform.is_cpu():
         return True
@@ -251,3 +259,61 @@ def _has_kernel(weight: WeightSpec, shape: tuple[int, int], dtype: torch.dtype) 
     except ValueError:
         return False
     return True
+
+
+def holds_prompt_logits() -> bool:
+    """True in the one process of a parallel engine whose logits are listened to."""
+    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+    return bool(get_pp_group().is_last_rank) and get_tensor_model_parallel_rank() == 0
+
+
+def tap_prompt_logits(runner: Any, take: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    """Let `take` see the logits, [R, V], that prompt log-probabilities are computed of.
+
+    They come in order of the prompt's positions, if one prompt runs at a time; the newer model
+    runner, which 0.32 uses on GPUs, also computes those of the token behind the prompt. What is
+    returned takes `take` away again.
+    """
+    worker = getattr(runner, "prompt_logprobs_worker", None)
+    if worker is not None:
+        return _tap(worker, "compute_prompt_logprobs", lambda ask: _listening(ask, take))
+    model = runner.model
+    return _tap(runner, "_get_prompt_logprobs_dict", lambda ask: _overhearing(ask, model, take))
+
+
+def _tap(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Callable[[], None]:
+    """Let an object's method be wrapped until what is returned is called."""
+    setattr(owner, name, wrap(getattr(owner, name)))
+    return lambda: delattr(owner, name)
+
+
+def _listening(ask: Any, take: Callable[[torch.Tensor], None]) -> Any:
+    """For a method whose first argument computes logits."""
+
+    def asked(compute: Any, *args: Any, **kwargs: Any) -> Any:
+        return ask(_seen_by(take, compute), *args, **kwargs)
+
+    return asked
+
+
+def _overhearing(ask: Any, model: Any, take: Callable[[torch.Tensor], None]) -> Any:
+    """For a method that lets the model compute logits."""
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        remove = _tap(model, "compute_logits", lambda compute: _seen_by(take, compute))
+        try:
+            return ask(*args, **kwargs)
+        finally:
+            remove()
+
+    return asked
+
+
+def _seen_by(take: Callable[[torch.Tensor], None], compute: Any) -> Any:
+    def computed(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        logits = compute(hidden_states, *args, **kwargs)
+        take(logits)
+        return logits
+
+    return computed

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_quantkit.errors import QuantkitError, UnsupportedScheme
+from vllm_quantkit.errors import QuantkitError
 from vllm_quantkit.formats import get_format
 from vllm_quantkit.integration import compat
 from vllm_quantkit.integration.context import LoadContext
@@ -26,10 +26,8 @@ from vllm_quantkit.options import LayerOptions, read_options
 from vllm_quantkit.schemes import SCHEMES, Method, get_method
 from vllm_quantkit.schemes.at_load import load_rules, refuse_load_options
 from vllm_quantkit.schemes.linear import linear_scheme
+from vllm_quantkit.schemes.served_layers import MIN_CAPABILITY, common_scheme, experts_refused
 from vllm_quantkit.spec import LayerRules, SchemeSpec
-
-AMPERE = 80
-"""Compute capability from which the CUDA kernels run (bf16 tensor cores, cp.async)."""
 
 
 class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
@@ -89,7 +87,7 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def get_min_capability(cls) -> int:
         """Ampere."""
-        return AMPERE
+        return MIN_CAPABILITY
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:
@@ -145,10 +143,7 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         if compat.is_attention_layer(layer):
             return context.kv_cache.method(layer, prefix)
         if compat.is_moe_layer(layer) and self._expert_scheme(prefix) is not None:
-            raise UnsupportedScheme(
-                f"{self.method_name} does not serve mixture-of-experts layers ({prefix}); drop "
-                f"--quantization to let vLLM serve this checkpoint itself."
-            )
+            raise experts_refused(self.method_name, prefix)
         return None
 
     def _start(self) -> LoadContext:
@@ -171,7 +166,7 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         self, layer: nn.Module, prefix: str, context: LoadContext
     ) -> QuantizeMethodBase | None:
         partitions = self._partitions(prefix)
-        spec = self._common_scheme(prefix, partitions)
+        spec = common_scheme(prefix, {name: self._scheme(name) for name in partitions})
         if spec is not None:
             return QuantkitLinearMethod(linear_scheme(spec), prefix, partitions, context)
         if isinstance(layer, ParallelLMHead):
@@ -185,29 +180,12 @@ class QuantkitConfig(QuantizationConfig):  # type: ignore[misc]
         leaves = self.packed_modules_mapping.get(leaf, [leaf])
         return tuple(f"{parent}.{name}" if parent else name for name in leaves)
 
-    def _common_scheme(self, prefix: str, partitions: tuple[str, ...]) -> SchemeSpec | None:
-        specs = {name: self._scheme(name) for name in partitions}
-        if len(set(specs.values())) == 1:
-            return specs[partitions[0]]
-        different = ", ".join(f"{name}: {describe(spec)}" for name, spec in specs.items())
-        raise UnsupportedScheme(
-            f"vLLM merges the layers of {prefix} into one, so they must share a scheme, but the "
-            f"checkpoint has {different}. Quantise them alike, or leave all of them in 16 bits."
-        )
-
     def _expert_scheme(self, prefix: str) -> SchemeSpec | None:
         return self._scheme(f"{prefix}.0.up_proj")
 
     def _scheme(self, name: str) -> SchemeSpec | None:
         assert self.rules is not None
         return self.names.scheme_for(name, self.rules)
-
-
-def describe(spec: SchemeSpec | None) -> str:
-    """A scheme in a few words."""
-    if spec is None:
-        return "16 bits"
-    return spec.describe()
 
 
 class AutoConfig(QuantkitConfig):

@@ -14,7 +14,6 @@ from vllm_quantkit.errors import ConfigError
 from vllm_quantkit.integration import compat
 from vllm_quantkit.integration.blocks import BLOCKS, DecoderLayers
 from vllm_quantkit.integration.fusion import fuse, fused
-from vllm_quantkit.integration.invariance import check_invariant
 from vllm_quantkit.integration.kv_cache import KVCache
 from vllm_quantkit.integration.names import LayerNames
 from vllm_quantkit.integration.report import LoadReport
@@ -24,15 +23,11 @@ from vllm_quantkit.options import Options
 from vllm_quantkit.quantize.activation_stats import read_activation_stats
 from vllm_quantkit.quantize.methods.data_free import relative_error
 from vllm_quantkit.schemes import Method
+from vllm_quantkit.schemes.invariance import check_invariant
+from vllm_quantkit.schemes.smoothquant import HOW_TO_SMOOTH
 from vllm_quantkit.spec import SchemeSpec
 
 logger = init_logger("vllm.quantkit")
-
-HOW_TO_SMOOTH = (
-    "activations are quantised as they are: smoothing needs the largest input of every channel. "
-    "Collect it with `quantkit calibrate MODEL --calibration TEXT --out FILE` and pass "
-    '--additional-config \'{"quantkit": {"activation_stats": "FILE"}}\'.'
-)
 
 NOT_SMOOTHED = (
     "activations are quantised as they are: smoothing knows "

@@ -14,7 +14,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.platforms import current_platform
 
 from quantkit_kernels.kv_int4 import KeyTreatment, Softmax
-from vllm_quantkit.errors import UnsupportedScheme
 from vllm_quantkit.integration import compat
 from vllm_quantkit.integration.kv_backend import (
     SCALE,
@@ -27,15 +26,11 @@ from vllm_quantkit.integration.kv_backend import (
 )
 from vllm_quantkit.integration.kv_devices import backend_class
 from vllm_quantkit.integration.kv_fp8 import FP8Scales
-from vllm_quantkit.integration.kv_refusals import (
-    INT4,
-    check_cache_dtype,
-    check_engine,
-    check_layer,
-)
+from vllm_quantkit.integration.kv_refusals import check_cache_dtype, check_engine, check_layer
 from vllm_quantkit.integration.kv_treatment import KVStatistics, ServedHeads
 from vllm_quantkit.integration.names import LAYER_INDEX, shorten
 from vllm_quantkit.integration.report import LoadReport
+from vllm_quantkit.kv_rules import INT4, check_pool
 from vllm_quantkit.options import KVCacheOptions
 
 logger = init_logger("vllm.quantkit")
@@ -218,13 +213,8 @@ class KVCache:
             return
         if scheduler.disable_hybrid_kv_cache_manager:
             return
-        if not compat.pads_cache_pages():
-            raise UnsupportedScheme(
-                f"{shorten(progress.kept)} keep a 16-bit KV cache beside INT4 ones, which this "
-                f"vLLM cannot lay out in a model that mixes sliding windows and full attention; "
-                f"use vLLM 0.28 or newer, add --disable-hybrid-kv-cache-manager, or keep no layer "
-                f"in 16 bits."
-            )
+        kept = shorten(progress.kept)
+        check_pool(kept, mixed_windows=True, pads_pages=compat.pads_cache_pages())
         logger.warning("%s: %s", self._report.method, PADDED)
 
     def _describe(self) -> str:

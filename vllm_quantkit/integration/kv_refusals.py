@@ -1,4 +1,4 @@
-"""What an INT4 cache does not serve, one sentence each."""
+"""What an INT4 cache does not serve, one sentence each, asked of vLLM's own objects."""
 
 from __future__ import annotations
 
@@ -10,58 +10,20 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
-from quantkit_kernels.kv_int4.layout import LARGEST_HEAD
-from vllm_quantkit.errors import ConfigError, UnsupportedScheme
+from vllm_quantkit import kv_rules
+from vllm_quantkit.errors import UnsupportedScheme
+from vllm_quantkit.kv_rules import DROP, AttentionFacts, check_attention, check_recurrent
 from vllm_quantkit.options import KVCacheOptions
-
-INT4 = "int4_per_token_head"
-"""The word of `--kv-cache-dtype` that selects quantkit's cache."""
-
-SERVED_ON_CPU = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", INT4)
-"""Words whose cache a CPU reads as it was written."""
-
-DROP = "serve this model without an INT4 KV cache"
 
 
 def check_cache_dtype(dtype: str, options: KVCacheOptions, method: str, *, int4: bool) -> None:
-    """`--kv-cache-dtype` contradicts neither the method and options nor the platform.
-
-    Args:
-        dtype: the user's word.
-        options: the user's.
-        method: the name given to `--quantization`.
-        int4: True where the method's own cache is INT4.
+    """`kv_rules.check_cache_dtype` on this platform.
 
     Raises:
-        ConfigError: two of them ask for different caches.
-        UnsupportedScheme: vLLM's CPU attention would misread such a cache.
+        ConfigError, UnsupportedScheme: as it.
     """
-    if int4 or options.dtype == "int4":
-        asked = f"--quantization {method}" if int4 else "kv_cache.dtype = 'int4'"
-        if dtype not in ("auto", INT4):
-            raise ConfigError(
-                f"--kv-cache-dtype {dtype} contradicts {asked}, whose KV cache is INT4; "
-                f"drop one of them."
-            )
-    elif dtype != INT4:
-        _check_unused(dtype, options)
-    if current_platform.is_cpu() and dtype not in SERVED_ON_CPU:
-        raise UnsupportedScheme(
-            f"--kv-cache-dtype {dtype} is not served on CPUs, where vLLM would store 16 bits and "
-            f"read something else; use {INT4}, fp8 or auto."
-        )
-
-
-def _check_unused(dtype: str, options: KVCacheOptions) -> None:
-    """No option is set that only means something to an INT4 cache, or to a quantised one."""
-    given = {name: getattr(options, name) for name in options.model_fields_set - {"dtype"}}
-    if dtype in ("fp8", "fp8_e4m3"):
-        given.pop("calibration", None)
-    for name, value in given.items():
-        raise ConfigError(
-            f"--additional-config quantkit: kv_cache.{name} = {str(value)!r} means nothing to a "
-            f"KV cache of --kv-cache-dtype {dtype}; add --kv-cache-dtype {INT4}, or remove it."
-        )
+    cpu = current_platform.is_cpu()
+    kv_rules.check_cache_dtype(dtype, options, method, int4=int4, cpu=cpu)
 
 
 def check_engine(config: Any) -> None:
@@ -70,13 +32,14 @@ def check_engine(config: Any) -> None:
     Raises:
         UnsupportedScheme: it does.
     """
-    for found, what, fix in _engine_faults(config):
+    check_recurrent(hybrid=bool(getattr(config.model_config, "is_hybrid", False)))
+    for found, where, fix in _engine_faults(config):
         if found:
-            raise UnsupportedScheme(f"an INT4 KV cache is not served {what}; {fix}, or {DROP}.")
+            raise kv_rules.not_served(where, fix)
 
 
 def _engine_faults(config: Any) -> Iterator[tuple[bool, str, str]]:
-    parallel, model = config.parallel_config, config.model_config
+    parallel = config.parallel_config
     dcp = parallel.decode_context_parallel_size
     yield dcp > 1, f"with decode_context_parallel_size = {dcp}", "set it to 1"
     pcp = getattr(parallel, "prefill_context_parallel_size", 1)
@@ -90,11 +53,6 @@ def _engine_faults(config: Any) -> Iterator[tuple[bool, str, str]]:
     )
     fast = getattr(config.cache_config, "kv_sharing_fast_prefill", False)
     yield bool(fast), "with --kv-sharing-fast-prefill", "drop the flag"
-    yield (
-        bool(getattr(model, "is_hybrid", False)),
-        "for models that also have recurrent layers",
-        "use the 16-bit cache",
-    )
     platform = current_platform
     yield (
         not (platform.is_cpu() or platform.is_cuda_alike()),
@@ -109,31 +67,24 @@ def check_layer(layer: nn.Module, prefix: str) -> None:
     Raises:
         UnsupportedScheme: they do not.
     """
-    for found, what in _layer_faults(layer):
-        if found:
-            raise UnsupportedScheme(
-                f"an INT4 KV cache is not served for {prefix}, which {what}; {DROP}."
-            )
+    check_attention(_facts(layer, prefix))
 
 
-def _layer_faults(layer: Any) -> Iterator[tuple[bool, str]]:
+def _facts(layer: Any, prefix: str) -> AttentionFacts:
     kind = type(layer)
-    yield not isinstance(layer, Attention), f"is a {kind.__name__} (latent attention, MLA)"
-    yield (
-        layer.attn_type != AttentionType.DECODER,
-        f"is {layer.attn_type} attention (encoders and cross attention keep no INT4 cache)",
+    if not isinstance(layer, Attention):
+        return AttentionFacts(name=prefix, kind=kind.__name__, latent=True)
+    decoder = layer.attn_type == AttentionType.DECODER
+    return AttentionFacts(
+        name=prefix,
+        kind=kind.__name__,
+        plain=kind is Attention,
+        role="decoder" if decoder else str(layer.attn_type),
+        alibi=getattr(layer.impl, "alibi_slopes", None) is not None,
+        head_size=layer.head_size,
+        value_size=layer.head_size_v,
+        sees_images=bool(layer.use_mm_prefix),
     )
-    yield kind is not Attention, f"is a {kind.__name__}"
-    yield getattr(layer.impl, "alibi_slopes", None) is not None, "uses ALiBi"
-    yield (
-        layer.head_size_v != layer.head_size,
-        f"has keys of {layer.head_size} and values of {layer.head_size_v} dimensions",
-    )
-    yield (
-        layer.head_size > LARGEST_HEAD,
-        f"has heads of {layer.head_size} dimensions, more than {LARGEST_HEAD}",
-    )
-    yield bool(layer.use_mm_prefix), "attends to images in both directions"
 
 
 def check_causal(causal: Any, layers: Sequence[str]) -> None:

@@ -53,6 +53,11 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return None
         return self._segments[0].kernel.quantizer
 
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel that runs the layer; empty before its weights are loaded."""
+        return self._segments[0].kernel.name if self._segments else ""
+
     def create_weights(
         self,
         layer: Any,
@@ -104,7 +109,7 @@ class QuantkitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if self._loader.quantises:
             release_freed()
         self.context.warm_up.add(layer, self._kind(layer))
-        self.context.ready(self.prefix, self._segments[0].kernel.name)
+        self.context.ready(self.prefix, self.kernel)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = x W^T + b, one product for each range of rows that shares an input order."""

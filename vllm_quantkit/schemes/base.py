@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantkit_kernels.act_quant.rows import RowQuantizer
 from quantkit_kernels.code_types import CODE_BOOKS
+from quantkit_kernels.targets import Target
 from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import ConfigError, UnsupportedScheme
 from vllm_quantkit.formats import CheckpointTensor, Role, get_format
@@ -69,6 +70,18 @@ class LinearScheme(ABC):
 
         Raises:
             ValueError: a value no kernel can use, such as a scale that is not finite.
+        """
+
+    @abstractmethod
+    def kernel_name(
+        self, target: Target, dtype: torch.dtype, *, fixed_outliers: bool = False
+    ) -> str:
+        """What the log calls the kernel that `pack` chooses on a target, which need not be here.
+
+        Args:
+            target: where the layer runs.
+            dtype: of the activations.
+            fixed_outliers: True where statistics of the layer's inputs are given.
         """
 
     def _weight(self, parts: Mapping[Role, Tensor]) -> QuantizedWeight:

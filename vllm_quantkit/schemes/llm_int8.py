@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantkit_kernels.llm_int8 import pack_llm_int8
+from quantkit_kernels.llm_int8 import names, pack_llm_int8
+from quantkit_kernels.targets import Target
 from vllm_quantkit.formats import Role
 from vllm_quantkit.options import LayerOptions
 from vllm_quantkit.schemes.base import LinearScheme, Method, PackedLayer
@@ -63,18 +64,29 @@ class MixedInt8(LinearScheme):
         tensors = {"weight_packed": packed.codes, "weight_scales": packed.scales}
         if packed.sums is not None:
             tensors["weight_sums"] = packed.sums
-        outliers = "found in every batch"
-        if Role.INPUT_ABSMAX in parts:
+        fixed = Role.INPUT_ABSMAX in parts
+        if fixed:
             channels = (parts[Role.INPUT_ABSMAX] > threshold).nonzero()[:, 0].to(torch.int32)
             tensors["outlier_channels"] = channels
-            outliers = "fixed by statistics"
         kernel = MixedInt8Kernel(
-            name=f"{packed.kernel}, channels above {threshold:g} in 16 bits, {outliers}",
+            name=self._named(packed.kernel, fixed_outliers=fixed),
             threshold=threshold,
             in_features=packed.in_features,
             out_features=packed.out_features,
         )
         return PackedLayer(tensors, kernel)
+
+    def kernel_name(
+        self, target: Target, dtype: torch.dtype, *, fixed_outliers: bool = False
+    ) -> str:
+        """The kernel, the threshold, and who finds the outliers."""
+        return self._named(names.kernel_name(target), fixed_outliers=fixed_outliers)
+
+    def _named(self, kernel: str, *, fixed_outliers: bool) -> str:
+        assert self.spec.activation is not None
+        found = "fixed by statistics" if fixed_outliers else "found in every batch"
+        threshold = self.spec.activation.outlier_threshold
+        return f"{kernel}, channels above {threshold:g} in 16 bits, {found}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,12 @@ from vllm_quantkit.options import LayerOptions
 from vllm_quantkit.schemes.base import Method
 from vllm_quantkit.spec import PER_CHANNEL, ActivationSpec, SchemeSpec, WeightSpec
 
+HOW_TO_SMOOTH = (
+    "activations are quantised as they are: smoothing needs the largest input of every channel. "
+    "Collect it with `quantkit calibrate MODEL --calibration TEXT --out FILE` and pass "
+    '--additional-config \'{"quantkit": {"activation_stats": "FILE"}}\'.'
+)
+
 
 class SmoothQuant(Method):
     """`--quantization quantkit-smoothquant`."""

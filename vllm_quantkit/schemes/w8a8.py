@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.act_quant import RowQuantizer, quantize_rows
-from quantkit_kernels.scaled_mm import pack_scaled
+from quantkit_kernels.scaled_mm import names, pack_scaled
+from quantkit_kernels.targets import Target, target_of
 from quantkit_kernels.wna16 import QuantizedWeight
 from vllm_quantkit.errors import UnsupportedScheme
 from vllm_quantkit.formats import Role
@@ -20,6 +21,9 @@ from vllm_quantkit.spec import ActivationSpec
 
 FP8_CAPABILITY = (8, 9)
 """Compute capability from which GPUs multiply FP8 (Ada, Hopper)."""
+
+NO_FP8 = "weight-only because this GPU has no FP8 arithmetic"
+"""What a kernel's name says where FP8 activations stay in 16 bits."""
 
 
 class W8A8(LinearScheme):
@@ -34,8 +38,7 @@ class W8A8(LinearScheme):
         """
         assert self.spec.activation is not None
         if self.spec.weight.code_type != "int" and lacks_fp8(parts[Role.CODES].device):
-            reason = "weight-only because this GPU has no FP8 arithmetic"
-            return WNA16(self.spec).pack_weight_only(parts, dtype, reason)
+            return WNA16(self.spec).pack_weight_only(parts, dtype, NO_FP8)
         quantizer = row_quantizer(self.spec.activation)
         own = own_groups(self._weight(parts), self.spec.weight.group_size)
         packed_weight = pack_scaled(own, quantizer, dtype)
@@ -51,7 +54,7 @@ class W8A8(LinearScheme):
             **{name: tensor for name, tensor in optional.items() if tensor is not None},
         }
         kernel = W8A8Kernel(
-            name=f"{packed_weight.kernel}, {self.spec.activation.describe()}",
+            name=self._named(packed_weight.kernel),
             quantizer=packed_weight.quantizer,
             code_type=packed_weight.code_type,
             group_size=packed_weight.group_size,
@@ -60,6 +63,20 @@ class W8A8(LinearScheme):
             dtype=dtype,
         )
         return PackedLayer(tensors, kernel)
+
+    def kernel_name(
+        self, target: Target, dtype: torch.dtype, *, fixed_outliers: bool = False
+    ) -> str:
+        """The kernel, and how activations are quantised, unless the GPU lacks FP8 for them."""
+        assert self.spec.activation is not None
+        code_type = self.spec.weight.code_type
+        if code_type != "int" and target_lacks_fp8(target):
+            return WNA16(self.spec).weight_only_name(target, dtype, NO_FP8)
+        return self._named(names.kernel_name(target, code_type, self.spec.activation.code))
+
+    def _named(self, kernel: str) -> str:
+        assert self.spec.activation is not None
+        return f"{kernel}, {self.spec.activation.describe()}"
 
 
 @dataclass(frozen=True)
@@ -107,12 +124,7 @@ def own_groups(weight: QuantizedWeight, group_size: int) -> QuantizedWeight:
     """
     first, last = int(weight.group_index[0]), int(weight.group_index[-1])
     index = weight.group_index - first
-    leading = int((index == 0).sum())
-    if last > first and leading < group_size:
-        raise UnsupportedScheme(
-            f"this tensor-parallel rank has {leading} channels of its first block of "
-            f"{group_size}; choose a tensor-parallel size that cuts between blocks"
-        )
+    check_leading(int((index == 0).sum()), last - first + 1, group_size)
     groups = slice(first, last + 1)
     return replace(
         weight,
@@ -120,6 +132,42 @@ def own_groups(weight: QuantizedWeight, group_size: int) -> QuantizedWeight:
         zeros=weight.zeros[:, groups],
         group_index=index,
     )
+
+
+def check_cuts(in_features: int, ranks: int, group_size: int) -> None:
+    """No rank's share of the input channels starts inside a group, as `own_groups` wants it.
+
+    Args:
+        in_features: of the whole layer.
+        ranks: that have equal shares of them.
+        group_size: channels that share a scale; -1 for all of them.
+
+    Raises:
+        UnsupportedScheme: one does.
+    """
+    share = in_features // ranks
+    for start in range(0, in_features, share) if group_size > 0 else ():
+        groups = (start + share - 1) // group_size - start // group_size + 1
+        leading = min(group_size - start % group_size, share)
+        check_leading(leading, groups, group_size)
+
+
+def check_leading(leading: int, groups: int, group_size: int) -> None:
+    """A rank that has several groups has all of its first.
+
+    Args:
+        leading: its channels of the first.
+        groups: how many it has channels of.
+        group_size: channels of a whole one.
+
+    Raises:
+        UnsupportedScheme: it has not.
+    """
+    if groups > 1 and leading < group_size:
+        raise UnsupportedScheme(
+            f"this tensor-parallel rank has {leading} channels of its first block of "
+            f"{group_size}; choose a tensor-parallel size that cuts between blocks"
+        )
 
 
 def row_quantizer(spec: ActivationSpec) -> RowQuantizer:
@@ -134,4 +182,9 @@ def row_quantizer(spec: ActivationSpec) -> RowQuantizer:
 
 def lacks_fp8(device: torch.device) -> bool:
     """True for a CUDA GPU whose tensor cores have no FP8."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY
+    return device.type == "cuda" and target_lacks_fp8(target_of(device))
+
+
+def target_lacks_fp8(target: Target) -> bool:
+    """The same for a target that need not be here."""
+    return target.capability is not None and target.capability < FP8_CAPABILITY

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantkit_kernels.wna16 import pack_weight
+from quantkit_kernels.targets import Target
+from quantkit_kernels.wna16 import names, pack_weight
 from vllm_quantkit.formats import Role
 from vllm_quantkit.schemes.base import LinearScheme, PackedLayer
 
@@ -41,7 +42,7 @@ class WNA16(LinearScheme):
             **{name: tensor for name, tensor in optional.items() if tensor is not None},
         }
         kernel = WNA16Kernel(
-            name=", ".join(filter(None, (packed.kernel, self.spec.weight.describe(), reason))),
+            name=self._named(packed.kernel, reason),
             bits=packed.bits,
             group_size=packed.group_size,
             in_features=packed.in_features,
@@ -50,6 +51,21 @@ class WNA16(LinearScheme):
             zero=packed.zero,
         )
         return PackedLayer(tensors, kernel)
+
+    def kernel_name(
+        self, target: Target, dtype: torch.dtype, *, fixed_outliers: bool = False
+    ) -> str:
+        """The kernel by its container, and the weight's numerics."""
+        return self.weight_only_name(target, dtype)
+
+    def weight_only_name(self, target: Target, dtype: torch.dtype, reason: str = "") -> str:
+        """As `kernel_name`, of `pack_weight_only`."""
+        weight = self.spec.weight
+        kernel = names.kernel_name(target, weight.bits, weight.code_type, dtype)
+        return self._named(kernel, reason)
+
+    def _named(self, kernel: str, reason: str) -> str:
+        return ", ".join(filter(None, (kernel, self.spec.weight.describe(), reason)))
 
 
 @dataclass(frozen=True)

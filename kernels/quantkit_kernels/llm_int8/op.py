@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.devices import DISPATCH, backend, check_activations
+from quantkit_kernels.llm_int8.names import named
 from quantkit_kernels.llm_int8.reference import ROWS
 from quantkit_kernels.scaled_mm import pack_scaled
 from quantkit_kernels.wna16 import QuantizedWeight
@@ -73,7 +74,7 @@ def pack_llm_int8(weight: QuantizedWeight, dtype: torch.dtype) -> LlmInt8Weight:
         sums=packed.sums,
         in_features=packed.in_features,
         out_features=packed.out_features,
-        kernel=f"LLM.int8: outlier channels in 16 bits, others by {packed.kernel}",
+        kernel=named(packed.kernel),
     )
 
 

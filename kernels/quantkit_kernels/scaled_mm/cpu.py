@@ -19,6 +19,7 @@ from quantkit_kernels.cpu.arithmetic import PANEL, PANEL_BYTES
 from quantkit_kernels.cpu.host import ArgumentBlock, Kernel, Product, host_kernel
 from quantkit_kernels.cpu.panels import pack_codes, pad_bias, panels
 from quantkit_kernels.cpu.run import ALIGNMENT, Plan, address, new_block, plan, run
+from quantkit_kernels.scaled_mm.names import cpu_name
 from quantkit_kernels.scaled_mm.weights import (
     INT8_ZERO,
     ScaledWeight,
@@ -68,7 +69,7 @@ def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -
         group_size=group_size,
         in_features=in_features,
         out_features=out_features,
-        kernel=f"CPU {unit} panels (W8A8 {'INT8' if is_int else weight.code_type.upper()})",
+        kernel=cpu_name(weight.code_type, unit),
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quantkit_kernels.act_quant.rows import RowCode, RowQuantizer, split_rows
 from quantkit_kernels.code_types import FLOAT8_DTYPES, CodeType
+from quantkit_kernels.scaled_mm.names import GENERIC_NAME
 from quantkit_kernels.scaled_mm.weights import (
     INT8_ZERO,
     ScaledWeight,
@@ -31,7 +32,7 @@ def pack(weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype) -
         group_size=group_size_of(weight),
         in_features=weight.codes.shape[1],
         out_features=weight.codes.shape[0],
-        kernel="dequantise + ATen (W8A8)",
+        kernel=GENERIC_NAME,
     )
 
 

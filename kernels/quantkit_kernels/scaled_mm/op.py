@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.act_quant.rows import RowCode, RowQuantizer
-from quantkit_kernels.devices import ACTIVATION_DTYPES, DISPATCH, backend
+from quantkit_kernels.devices import ACTIVATION_DTYPES, DISPATCH, backend, layout
 from quantkit_kernels.scaled_mm.weights import (
     ScaledWeight,
     check_codes,
@@ -29,7 +29,10 @@ torch.library.define(
 
 
 def pack_scaled(
-    weight: QuantizedWeight, quantizer: RowQuantizer, dtype: torch.dtype
+    weight: QuantizedWeight,
+    quantizer: RowQuantizer,
+    dtype: torch.dtype,
+    device_type: str | None = None,
 ) -> ScaledWeight:
     """Lay `weight` out for the kernel of the device it lies on.
 
@@ -39,15 +42,16 @@ def pack_scaled(
         quantizer: how the rows it will multiply are quantised. Zero-points other than 128 need the
             rows' sums as well: `ScaledWeight.quantizer` then asks for them.
         dtype: of the results: float16, bfloat16 or float32.
+        device_type: lay it out as for another kind of device, which need not be here.
 
     Raises:
         ValueError: the dtype is none of these, or weight and rows are not served together.
     """
     _check_dtype(dtype)
     check_weight(weight, quantizer)
-    packed: ScaledWeight = backend("scaled_mm", weight.codes.device.type).pack(
-        weight, quantizer, dtype
-    )
+    here = weight.codes.device.type
+    device = backend("scaled_mm", here) if device_type is None else layout("scaled_mm", device_type)
+    packed: ScaledWeight = device.pack(weight, quantizer, dtype)
     return packed
 
 

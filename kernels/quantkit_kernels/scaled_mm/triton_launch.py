@@ -10,13 +10,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quantkit_kernels.act_quant.rows import RowQuantizer
+from quantkit_kernels.scaled_mm.cuda_pack import W_BLOCK
 from quantkit_kernels.scaled_mm.triton_kernels import scaled_gemm
 from quantkit_kernels.scaled_mm.triton_persistent import persistent_gemm
 from quantkit_kernels.scaled_mm.triton_tiles import ScaledTile
 from quantkit_kernels.triton_common import add_splits, device_of
-
-W_BLOCK = 128
-"""Channels of a block that shares its scales."""
 
 
 @dataclass(frozen=True)

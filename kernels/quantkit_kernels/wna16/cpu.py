@@ -19,10 +19,10 @@ from quantkit_kernels.cpu.codes import BOOK_FACTOR
 from quantkit_kernels.cpu.host import Kernel, Product, host_kernel
 from quantkit_kernels.cpu.panels import pack_codes, pad_bias, panels
 from quantkit_kernels.cpu.run import address, new_block, plan, run
+from quantkit_kernels.wna16.names import CPU_CONTAINERS, cpu_name
 from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
-CONTAINERS = (4, 8)
-"""Widths in which codes are stored."""
+CONTAINERS = CPU_CONTAINERS
 
 REGROUP_ROWS = 4
 """Above this many rows, activations are copied so that a group's rows lie next to each other:
@@ -47,7 +47,6 @@ def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
     zeros = weight.zeros.to(torch.int16) - centre
     has_zeros = code_type == "int" and bool(zeros.any())
     unit = host_kernel(_product(bits, code_type, dtype)).arithmetic.unit
-    suffix = "" if code_type == "int" else f" {code_type.upper()}"
     return PackedWeight(
         codes=pack_codes(weight.codes, bits, centre=centre, columns=weight.codes.shape[1]),
         scales=panels(weight.scales.float() / BOOK_FACTOR.get(code_type, 1.0)),
@@ -57,7 +56,7 @@ def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
         group_size=weight.group_size,
         in_features=weight.in_features,
         out_features=weight.codes.shape[0],
-        kernel=f"CPU {unit} panels (W{bits}A16{suffix})",
+        kernel=cpu_name(bits, code_type, unit),
         code_type=code_type,
     )
 

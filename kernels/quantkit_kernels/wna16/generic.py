@@ -6,10 +6,10 @@ from torch import Tensor
 from quantkit_kernels.code_types import CodeType, code_values
 from quantkit_kernels.packing import pack_aligned, unpack_aligned
 from quantkit_kernels.quant_math import dequantize_codes
+from quantkit_kernels.wna16.names import GENERIC_CONTAINERS, generic_name
 from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
-CONTAINERS = (2, 4, 8)
-"""Widths in which codes are stored."""
+CONTAINERS = GENERIC_CONTAINERS
 
 
 def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
@@ -23,7 +23,7 @@ def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
         group_size=weight.group_size,
         in_features=weight.in_features,
         out_features=weight.codes.shape[0],
-        kernel=f"dequantise + ATen (W{weight.container_bits}A16)",
+        kernel=generic_name(weight.container_bits),
         code_type=weight.code_type,
     )
 

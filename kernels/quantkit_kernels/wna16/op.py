@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantkit_kernels.devices import DISPATCH, backend, check_activations
+from quantkit_kernels.devices import DISPATCH, backend, check_activations, layout
 from quantkit_kernels.wna16.weights import (
     CONTAINER_BITS,
     CONTAINER_OF,
@@ -24,18 +24,22 @@ torch.library.define(
 )
 
 
-def pack_weight(weight: QuantizedWeight, dtype: torch.dtype) -> PackedWeight:
+def pack_weight(
+    weight: QuantizedWeight, dtype: torch.dtype, device_type: str | None = None
+) -> PackedWeight:
     """Lay `weight` out for the kernel of the device it lies on.
 
     Args:
         weight: N x K weight.
         dtype: the activations' dtype: float16, bfloat16 or float32.
+        device_type: lay it out as for another kind of device, which need not be here.
 
     Raises:
         ValueError: the dtype is none of these, or the weight's group index is out of range.
     """
     check_activations(dtype)
-    device = backend("wna16", weight.codes.device.type)
+    here = weight.codes.device.type
+    device = backend("wna16", here) if device_type is None else layout("wna16", device_type)
     packed: PackedWeight = device.pack(make_uniform(weight, device.CONTAINERS), dtype)
     return packed
 

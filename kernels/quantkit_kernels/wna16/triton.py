@@ -19,21 +19,14 @@ from quantkit_kernels.code_types import CodeType
 from quantkit_kernels.tile_choice import wna16_tile
 from quantkit_kernels.triton_common import add_splits, device_of
 from quantkit_kernels.tuning import Device
-from quantkit_kernels.wna16.cuda_layout import (
-    TILE_K,
-    TILE_N,
-    pack_codes,
-    pack_scales,
-    padded_columns,
-)
+from quantkit_kernels.wna16 import cuda_pack
+from quantkit_kernels.wna16.cuda_layout import TILE_K, TILE_N
 from quantkit_kernels.wna16.triton_dequantise import WHOLE_ROW
 from quantkit_kernels.wna16.triton_kernels import dequantise_rows, wna16_gemm
 from quantkit_kernels.wna16.triton_tiles import TileConfig
 from quantkit_kernels.wna16.weights import PackedWeight, UniformWeight, gather_inputs
 
-CONTAINERS = (2, 4, 8)
-"""Widths in which codes are stored. 3 bits in a word of their own would take more instructions per
-weight than the memory they save is worth."""
+CONTAINERS = cuda_pack.CONTAINERS
 
 DENSE_CHUNK = 1 << 24
 """Weights dequantised at a time: 32 MiB in 16 bits, so that cuBLAS finds most of them in L2."""
@@ -93,44 +86,8 @@ class Operand(NamedTuple):
 
 
 def pack(weight: UniformWeight, dtype: torch.dtype) -> PackedWeight:
-    """Codes and scales in the layout of `cuda_layout`; one layout for all dtypes.
-
-    A row whose groups all have one scale and zero-point has them once, as a whole.
-    """
-    columns = padded_columns(weight.codes.shape[1])
-    gather = weight.gather
-    if gather is not None:
-        missing = columns - gather.numel()
-        gather = torch.nn.functional.pad(gather, (0, missing), value=weight.in_features)
-    bits, code_type, group_size = weight.container_bits, weight.code_type, weight.group_size
-    scales, zeros = weight.scales, weight.zeros if code_type == "int" else None
-    if columns > TILE_K and _same_in_a_row(scales) and (zeros is None or _same_in_a_row(zeros)):
-        group_size, scales, zeros = columns, scales[:, :1], None if zeros is None else zeros[:, :1]
-    route = "dequantise + cuBLAS" if dtype == torch.float32 else "tensor cores"
-    suffix = "" if code_type == "int" else f" {code_type.upper()}"
-    return PackedWeight(
-        codes=pack_codes(weight.codes, bits, quads=takes_quads(device_of(weight.codes))),
-        scales=pack_scales(scales, zeros, group_size),
-        zeros=None,
-        gather=gather,
-        bits=bits,
-        group_size=group_size,
-        in_features=weight.in_features,
-        out_features=weight.codes.shape[0],
-        kernel=f"Triton W{bits}A16{suffix}, {route}",
-        code_type=code_type,
-        zero=None if zeros is None else _common_zero(zeros),
-    )
-
-
-def _same_in_a_row(values: Tensor) -> bool:
-    return bool((values == values[:, :1]).all())
-
-
-def _common_zero(zeros: Tensor) -> int | None:
-    """The zero-point of all groups of all rows, if it is one."""
-    first = zeros[0, 0]
-    return int(first) if bool((zeros == first).all()) else None
+    """As `cuda_pack` lays it out, in the order of columns that this GPU's threads want."""
+    return cuda_pack.pack(weight, dtype, quads=takes_quads(device_of(weight.codes)))
 
 
 def linear(

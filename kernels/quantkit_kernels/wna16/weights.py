@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantkit_kernels.code_types import CODE_BOOKS, FLOAT8_DTYPES, CodeType, code_values
 from quantkit_kernels.quant_math import dequantize_codes
+from quantkit_kernels.wna16.names import container
 
 CONTAINER_BITS = (2, 4, 8)
 """Widths in which codes may be stored; each device's module says which it stores."""
@@ -147,7 +148,7 @@ def make_uniform(weight: QuantizedWeight, containers: tuple[int, ...] = (4, 8)) 
         gather=None if _in_order(columns, in_features) else columns.to(torch.int32),
         group_size=group_size,
         in_features=in_features,
-        container_bits=next(width for width in containers if weight.bits <= width),
+        container_bits=container(weight.bits, containers),
         code_type=weight.code_type,
     )
 

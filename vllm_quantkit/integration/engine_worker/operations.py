@@ -10,10 +10,18 @@ HERE = __name__.rpartition(".")[0]
 
 OPERATIONS = {
     "perplexity": "scoring:perplexity",
+    "score_window": "scoring:score_window",
     "decode": "speed:decode",
     "prefill": "speed:prefill",
+    "first_token_under_load": "speed:first_token_under_load",
+    "mixed": "speed:mixed",
+    "peak": "speed:peak",
+    "calibrate": "speed:calibrate",
     "continue": "generation:continue_text",
+    "write_texts": "generation:write_texts",
     "cache": "facts:cache",
+    "memory": "facts:memory",
+    "kernels": "facts:kernels",
 }
 """Name to `module:function`; a function takes the `vllm.LLM` and the request's fields."""
 
