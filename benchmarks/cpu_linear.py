@@ -41,8 +41,8 @@ from benchmarks.linear_contenders import (
     contenders,
     random_inputs,
 )
-from benchmarks.machine import describe_machine
 from benchmarks.peers import Linear
+from vllm_quantkit.hardware.machine import describe_machine
 
 ROWS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256, 512)
 ROUNDS = 11

@@ -40,7 +40,7 @@ from benchmarks.kv_decode_contenders import (
     make_batch,
     random_cache,
 )
-from benchmarks.machine import describe_machine
+from vllm_quantkit.hardware.machine import describe_machine
 
 CONTEXTS, BATCHES, THREADS = "1024,2048,8192,32768", "1,8", "1,2"
 ROUNDS = 11

@@ -22,8 +22,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe_machine
 from quantkit_kernels.kv_int4 import CacheLayout, KeyTreatment
+from vllm_quantkit.hardware.machine import describe_machine
 from vllm_quantkit.quantize.kv_cache.formats import int4_keys, int4_values
 from vllm_quantkit.quantize.kv_cache.moments import KeyMoments
 

@@ -23,19 +23,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from benchmarks.machine import describe_machine
 from benchmarks.quantizer_peers import CACHE, QUANTIZERS, Quantizer, QuantizerError, run
-from benchmarks.quantizer_quality import (
-    Quality,
-    Reference,
-    load_plain,
-    load_served,
-    make_reference,
-    text_windows,
-)
+from benchmarks.quantizer_quality import Quality, Reference, make_reference, text_windows
 from benchmarks.quantizer_workers.job import Algorithm, Job
 from benchmarks.random_model import make_pair
 from tests.outliers import outlier_twin
+from vllm_quantkit.evaluate.hf_model import load_plain, load_served
+from vllm_quantkit.hardware.machine import describe_machine
 
 DEMO = Path("examples/tiny-lm/bf16")
 DATA = Path("examples/tiny-lm/data")

@@ -9,19 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.quantizer_quality import (
-    Reference,
-    ServedLinear,
-    load_plain,
-    load_served,
-    make_reference,
-    predict,
-    text_windows,
-)
+from benchmarks.quantizer_quality import Reference, make_reference, predict, text_windows
 from quantkit_kernels.act_quant import RowQuantizer
 from tests.tiny_models import LICENSE, create_tiny_model
 from tests.written_models import write_model
 from vllm_quantkit.errors import UnsupportedScheme
+from vllm_quantkit.evaluate.hf_model import ServedLinear, load_plain, load_served
 from vllm_quantkit.spec import PER_CHANNEL, ActivationSpec, SchemeSpec, WeightSpec
 
 FLOAT8 = WeightSpec(bits=8, group_size=PER_CHANNEL, symmetric=True, code_type="e4m3")

@@ -32,7 +32,7 @@ from benchmarks.gpu.problems import PROBLEMS, SMALL, Problem
 from benchmarks.gpu.race import Course, measure_ceilings
 from benchmarks.gpu.report import goals_table, markdown, summary
 from benchmarks.gpu.results import Results
-from benchmarks.machine import describe_machine
+from vllm_quantkit.hardware.machine import describe_machine
 
 RESULTS = Path("benchmarks/results")
 GATE_SHARE = 0.35

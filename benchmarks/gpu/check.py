@@ -23,8 +23,8 @@ from torch import Tensor
 from benchmarks.gpu.check_cases import Case, cases, small, whole
 from benchmarks.gpu.inputs import poisoned
 from benchmarks.gpu.timing import capture
-from benchmarks.machine import describe_machine
 from quantkit_kernels.tuning import batch_invariant, set_batch_invariant
+from vllm_quantkit.hardware.machine import describe_machine
 
 
 def faults(case: Case, *, sanitized: bool = False) -> Iterator[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.engines import TWO_RANKS, EngineHost
+from tests.integration.footprints import MEMORY, check_footprint
 from tests.integration.reference import assert_same_scores, prompts, twin_scores
 from tests.integration.schemes import compressed, gptq, ruled_checkpoint
 from tests.tiny_models import create_tiny_model
@@ -48,13 +49,16 @@ def test_two_ranks_score_as_the_dequantised_model_does_also_after_a_reload(
     answers = engines.run(
         pair.quantized,
         "quantkit",
-        [score, {"op": "reload"}, score],
+        [score, {"op": "reload"}, score, MEMORY, {"op": "score_window", "tokens": asked[0]}],
         env=TWO_RANKS,
         tensor_parallel_size=2,
     ).answers
 
     assert_same_scores(answers[0], twin_scores(pair.twin, asked))
     assert answers[2] == answers[0]
+    check_footprint(answers[3], pair.quantized, "quantkit", tp=2)
+    # Only the first rank has listened to the logits; it saw all positions and the whole vocabulary.
+    assert answers[4]["losses"] == pytest.approx([-x for x in answers[0][0]], abs=1e-5)
 
 
 def test_each_pipeline_stage_takes_its_own_layers(tmp_path, engines: EngineHost):

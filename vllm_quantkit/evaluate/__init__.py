@@ -1,0 +1,1 @@
+"""What a quantised model says of text, beside its 16-bit original."""
