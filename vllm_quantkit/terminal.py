@@ -161,10 +161,15 @@ class Terminal:
         return self.quiet or self.as_json
 
 
-def to_json(result: BaseModel | Mapping[str, Any]) -> str:
-    """Indented JSON; infinite and undefined numbers, which JSON lacks, are strings."""
-    content = result.model_dump(mode="python") if isinstance(result, BaseModel) else result
-    return json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def to_json(result: BaseModel | Mapping[str, Any], *, sort_keys: bool = False) -> str:
+    """Indented JSON; infinite and undefined numbers, which JSON lacks, are strings.
+
+    Pydantic reads such strings as numbers again.
+    """
+    text = json.dumps(
+        _plain(result), indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False
+    )
+    return text + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import platform
 import resource
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field, JsonValue, ValidationError
@@ -20,6 +18,7 @@ from vllm_quantkit.quantize.calibration import CalibrationOptions, TokenSets
 from vllm_quantkit.quantize.observation.stability import UNSTABLE, is_unstable
 from vllm_quantkit.quantize.output.records import BlockRecord, LayerRecord
 from vllm_quantkit.spec import Frozen
+from vllm_quantkit.terminal import to_json
 
 REPORT_FILE = "quantkit_report.json"
 
@@ -218,9 +217,7 @@ def peak_device_bytes(device: torch.device) -> int | None:
 
 def render_report(report: Report) -> str:
     """JSON, sorted and indented."""
-    content = _plain(report.model_dump())
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return text + "\n"
+    return to_json(report, sort_keys=True)
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -315,14 +312,3 @@ def _layer_lines(report: Report, worst: int) -> Iterator[str]:
 def _badness(error: float) -> float:
     """NaN counts as the worst."""
     return math.inf if math.isnan(error) else error
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN: these become strings, which are read as numbers again."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
