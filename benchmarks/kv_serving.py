@@ -18,9 +18,9 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from benchmarks.machine import describe_machine
 from benchmarks.random_model import make_pair
 from vllm_quantkit.engine import Engine, EngineSpec
+from vllm_quantkit.hardware.machine import describe_machine
 
 CACHE = Path(".cache/bench")
 DEMO = Path("examples/tiny-lm")

@@ -1,67 +1,71 @@
 """Decode and prefill speed of a 0.7 B model in several schemes, in real engines, interleaved.
 
-Correctness first: every engine's perplexity on the same text must equal bf16's within 1 %.
+Correctness first: every engine's perplexity on the same text must equal bf16's within 1 %. It is
+`quantkit bench` on a model of random weights, with goals.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
-from benchmarks.machine import describe_machine
 from benchmarks.random_model import config_0_7b, make_pair
-from vllm_quantkit.engine import Engine, EngineSpec
+from vllm_quantkit.bench.gate import Gate
+from vllm_quantkit.bench.noise import load_average
+from vllm_quantkit.bench.offline import OfflineBench
+from vllm_quantkit.bench.plan import BenchPlan
+from vllm_quantkit.bench.quantities import Key
+from vllm_quantkit.bench.results import BenchResult
+from vllm_quantkit.bench.samples import Sample, speed_up
+from vllm_quantkit.bench.tables import doubts, result_table, sentences
+from vllm_quantkit.engine import EngineSpec
+from vllm_quantkit.terminal import Terminal, to_json
 
 CACHE = Path(".cache/bench")
 HELD_OUT = Path("examples/tiny-lm/data/held_out.txt")
-GATE_TOKENS = 1024
 GATE = 0.01
+PREFILL = 448
 
 BF16, VLLM_AWQ, AWQ, SMOOTHQUANT = "bf16", "vLLM AWQ", "quantkit-awq", "quantkit-smoothquant"
+ONE, PROMPT = Key("decode", 1), Key("prefill", PREFILL)
 GOALS = (
-    ("decode, 1 sequence", AWQ, BF16, 2.3),
-    ("decode, 1 sequence", AWQ, VLLM_AWQ, 1.8),
-    ("decode, 1 sequence", SMOOTHQUANT, BF16, 1.6),
-    ("prefill", SMOOTHQUANT, BF16, 1.5),
+    (ONE, AWQ, BF16, 2.3),
+    (ONE, AWQ, VLLM_AWQ, 1.8),
+    (ONE, SMOOTHQUANT, BF16, 1.6),
+    (PROMPT, SMOOTHQUANT, BF16, 1.5),
 )
 """Measure, ours, peer, and how many times faster ours is to be."""
 
-Speeds = dict[str, dict[str, float]]
-"""Measure to engine to tokens per second."""
-
 
 def main() -> int:
-    """Measure and print; 1 where the correctness gate failed."""
+    """Measure and print; 1 where an engine failed or computes something else."""
     args = _parse_arguments()
-    with ExitStack() as stack:
-        engines = {
-            label: stack.enter_context(Engine(spec, CACHE / f"{label.replace(' ', '-')}.log"))
-            for label, spec in _specs(args).items()
-        }
-        if not passes_gate(engines):
-            return 1
-        speeds = {
-            **{_decode_label(n): time_decode(engines, n, args) for n in args.batches},
-            "prefill": time_prefill(engines, args),
-        }
-    report(speeds)
+    plan = BenchPlan(
+        batches=tuple(args.batches),
+        tokens=args.tokens,
+        prompts=(args.prefill,),
+        load=0,
+        mixed=0,
+        rounds=args.rounds,
+    )
+    load = load_average()
+    gate = Gate(text=HELD_OUT.read_text(), tolerance=GATE)
+    bench = OfflineBench(_specs(args, plan), plan, gate, CACHE, Terminal())
+    bench.run_together()
+    result = bench.result(load)
+    report(result)
     if args.json:
-        result = {"machine": describe_machine(), "tokens_per_second": speeds}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+        args.json.write_text(to_json(result))
+    return int(bool(bench.rounds.failures))
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=32, help="decoded by each sequence")
-    parser.add_argument("--prefill", type=int, default=448, help="tokens of a prompt")
+    parser.add_argument("--prefill", type=int, default=PREFILL, help="tokens of a prompt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--only", nargs="+", default=[BF16, VLLM_AWQ, AWQ, SMOOTHQUANT])
@@ -69,7 +73,7 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _specs(args: argparse.Namespace) -> dict[str, EngineSpec]:
+def _specs(args: argparse.Namespace, plan: BenchPlan) -> dict[str, EngineSpec]:
     original, quantized = make_pair(config_0_7b(), CACHE / "llama-0.7b")
     ways = {
         BF16: EngineSpec(str(original)),
@@ -77,56 +81,35 @@ def _specs(args: argparse.Namespace) -> dict[str, EngineSpec]:
         AWQ: EngineSpec(str(quantized), AWQ),
         SMOOTHQUANT: EngineSpec(str(original), SMOOTHQUANT),
     }
-    options = (("enforce_eager", True),) if args.eager else ()
-    return {label: replace(ways[label], options=options) for label in args.only}
+    eager = (("enforce_eager", True),) if args.eager else ()
+    options = (("max_num_seqs", plan.most_sequences), *eager)
+    return {
+        label: replace(ways[label], max_model_len=plan.longest, options=options)
+        for label in args.only
+    }
 
 
-def passes_gate(engines: Mapping[str, Engine]) -> bool:
-    """True where all engines compute the same perplexity."""
-    text = HELD_OUT.read_text()
-    found = {label: e.perplexity(text, GATE_TOKENS)[0] for label, e in engines.items()}
-    worst = max(abs(value / found[BF16] - 1) for value in found.values())
-    print(f"perplexity {found}: largest difference {worst:.2%}, allowed {GATE:.0%}", flush=True)
-    return worst <= GATE
-
-
-def time_decode(
-    engines: Mapping[str, Engine], batch: int, args: argparse.Namespace
-) -> dict[str, float]:
-    """Median tokens/s of `batch` sequences together."""
-    return _median(engines, args.rounds, lambda engine: engine.decode_speed(batch, args.tokens))
-
-
-def time_prefill(engines: Mapping[str, Engine], args: argparse.Namespace) -> dict[str, float]:
-    """Median tokens/s of prompts that no cache holds."""
-    return _median(engines, args.rounds, lambda engine: engine.prefill_speed(args.prefill))
-
-
-def _median(
-    engines: Mapping[str, Engine], rounds: int, measure: Callable[[Engine], float]
-) -> dict[str, float]:
-    measured = [{label: measure(e) for label, e in engines.items()} for _ in range(rounds)]
-    return {label: median(row[label] for row in measured) for label in engines}
-
-
-def _decode_label(batch: int) -> str:
-    return "decode, 1 sequence" if batch == 1 else f"decode, {batch} sequences"
-
-
-def report(speeds: Speeds) -> None:
-    """A Markdown table, and what became of the goals."""
-    labels = list(next(iter(speeds.values())))
-    print(f"\n{describe_machine()}\n")
-    print("| tokens/s | " + " | ".join(labels) + " |")
-    print("|---" * (len(labels) + 1) + "|")
-    for measure, row in speeds.items():
-        cells = (f"{row[name]:.1f} ({row[name] / row[BF16]:.2f}x)" for name in labels)
-        print(f"| {measure} | " + " | ".join(cells) + " |")
+def report(result: BenchResult) -> None:
+    """A Markdown table, what noise hides, and what became of the goals."""
+    print(f"\n{result_table(result).markdown()}\n")
+    for text in (*sentences(result), *doubts(result)):
+        print(text)
     print()
-    for measure, ours, peer, goal in GOALS:
-        if measure in speeds and {ours, peer} <= speeds[measure].keys():
-            ratio = speeds[measure][ours] / speeds[measure][peer]
-            print(f"{measure}: {ours} is {ratio:.2f}x {peer}, goal {goal}x.")
+    for key, ours, peer, goal in GOALS:
+        found, reference = _sample(result, ours, key), _sample(result, peer, key)
+        if found is not None and reference is not None:
+            ratio = speed_up(found, reference, "higher")
+            print(
+                f"{key.quantity} {key.at}: {ours} is {ratio.median:.2f}x {peer} "
+                f"({ratio.low:.2f} to {ratio.high:.2f}), goal {goal}x."
+            )
+
+
+def _sample(result: BenchResult, label: str, key: Key) -> Sample | None:
+    """What an engine did; None where it was not measured."""
+    row = next((row for row in result.measured if row.label == label), None)
+    entry = None if row is None else row.entry(key)
+    return None if entry is None else entry.sample
 
 
 if __name__ == "__main__":

@@ -10,19 +10,20 @@ import argparse
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 from examples.demo_models import DemoModels, prepare
 from examples.demo_server import Server, ServerError
+from vllm_quantkit.bench.plan import BenchPlan
+from vllm_quantkit.bench.speeds import measure_speeds
 from vllm_quantkit.engine import Engine, EngineError, EngineSpec
+from vllm_quantkit.terminal import Terminal
 
 LOGS = Path(".cache/demo")
 HELD_OUT = Path("examples/tiny-lm/data/held_out.txt")
 MAX_MODEL_LEN = 512
 SCORED_TOKENS = 8192
-DECODED_TOKENS = 96
-ROUNDS = 3
+PLAN = BenchPlan(batches=(1,), tokens=96, prompts=(), load=0, mixed=0, rounds=3)
 GPU_SHARE = 0.2
 """Of the GPU's memory for each engine; four are alive at once so that timings interleave."""
 
@@ -99,13 +100,13 @@ def measure(models: DemoModels) -> list[Row]:
             engines[label] = stack.enter_context(Engine(spec, LOGS / f"engine-{i}.log"))
         perplexity = {label: e.perplexity(text, SCORED_TOKENS)[0] for label, e in engines.items()}
         tokens = {label: e.cache_tokens() for label, e in engines.items()}
-        say(f"Timing decode, {ROUNDS} interleaved rounds ...")
-        rounds = [
-            {label: e.decode_speed(1, DECODED_TOKENS) for label, e in engines.items()}
-            for _ in range(ROUNDS)
-        ]
+        say(f"Timing decode, {PLAN.rounds} interleaved rounds ...")
+        found = measure_speeds(engines, PLAN, Terminal(quiet=True))
+    if found.failures:
+        raise EngineError("; ".join(f"{label}: {why}" for label, why in found.failures.items()))
+    speeds = {label: speed.decode[1].median for label, speed in found.speeds.items()}
     return [
-        Row(label, way.weights, tokens[label], perplexity[label], median(r[label] for r in rounds))
+        Row(label, way.weights, tokens[label], perplexity[label], speeds[label])
         for label, way in ways.items()
     ]
 

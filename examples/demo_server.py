@@ -56,6 +56,11 @@ class Server:
                 command, stdout=output, stderr=output, env=environment, start_new_session=True
             )
 
+    @property
+    def address(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self._port}"
+
     def ask(self) -> Iterator[tuple[str, str]]:
         """A chat and a completion through the OpenAI client, as (question, answer).
 
@@ -64,7 +69,7 @@ class Server:
         """
         from openai import APIError, BadRequestError, OpenAI
 
-        client = OpenAI(base_url=f"http://127.0.0.1:{self._port}/v1", api_key="none")
+        client = OpenAI(base_url=f"{self.address}/v1", api_key="none")
         try:
             yield f"chat> {QUESTION}", self._chat(client)
         except BadRequestError as error:
@@ -121,9 +126,7 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{self._port}/health", timeout=2
-            ) as reply:
+            with urllib.request.urlopen(f"{self.address}/health", timeout=2) as reply:
                 return bool(reply.status == 200)
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False

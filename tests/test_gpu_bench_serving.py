@@ -15,6 +15,7 @@ from benchmarks.gpu import serving, serving_worker
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.serving_models import AWQ, BF16, EIGHT_B, GROUPS, TINY, make_specs
 from benchmarks.gpu.serving_report import GOALS, LONG, ONE, Speeds, ratio, report
+from vllm_quantkit.bench.plan import SHORT_PROMPT
 from vllm_quantkit.engine import Engine, EngineError, EngineSpec
 from vllm_quantkit.schemes import get_method
 
@@ -32,8 +33,9 @@ class FakeEngine(serving.GpuEngine):
         self.asked.append(op)
         if op == self._dies_at:
             raise EngineError("the engine stopped; its log ends:\nRuntimeError: out of memory\nbye")
-        tokens = request["tokens"] * request.get("batch", 1)
-        return {"seconds": [0.5, 0.5 + tokens / self._rate]}
+        if op == "decode":
+            return {"tokens_per_second": self._rate, "gap": 0.1, "gap_tail": 0.2}
+        return {"short": 0.5, "full": 0.5 + (request["tokens"] - SHORT_PROMPT) / self._rate}
 
 
 def asked(speeds: Speeds, engines: dict[str, serving.GpuEngine], budget: Budget) -> int:
@@ -70,12 +72,11 @@ def test_goals_speak_of_engines_and_measures_there_are() -> None:
         assert goal.measure in labels
 
 
-def test_speeds_are_differences_of_medians() -> None:
-    speeds = Speeds("here", {"m": 10}, {"m": {"a": [(1.0, 3.0), (2.0, 9.0), (1.5, 3.5)]}})
-    assert speeds.per_second("m", "a") == pytest.approx(10 / (3.5 - 1.5))
+def test_speeds_are_medians() -> None:
+    speeds = Speeds("here", {"m": {"a": [3.0, 9.0, 4.0]}})
+    assert speeds.per_second("m", "a") == 4.0
     assert speeds.per_second("m", "b") is None
-    speeds.seconds["m"]["a"] = [(2.0, 1.0)]
-    assert speeds.per_second("m", "a") is None
+    assert speeds.per_second("n", "a") is None
 
 
 def test_engines_are_asked_in_turns_and_one_that_dies_leaves_the_rest(tmp_path: Path) -> None:
@@ -83,6 +84,8 @@ def test_engines_are_asked_in_turns_and_one_that_dies_leaves_the_rest(tmp_path: 
     engines = {BF16: FakeEngine(100.0), AWQ: FakeEngine(260.0, dies_at="prefill")}
     assert asked(speeds, engines, PLENTY) == len(serving.measures(TINY))
     assert list(engines) == [BF16]
+    assert len(speeds.rates[ONE][BF16]) == 2  # the run that warms up is not counted
+    assert speeds.per_second("prefill, 128 tokens", BF16) == pytest.approx(100.0)
     assert speeds.failures == {AWQ: "RuntimeError: out of memory"}
     assert speeds.per_second(ONE, BF16) == pytest.approx(100.0)
     goal = next(goal for goal in GOALS if (goal.ours, goal.peer) == (AWQ, BF16))
@@ -101,11 +104,11 @@ def test_engines_are_asked_in_turns_and_one_that_dies_leaves_the_rest(tmp_path: 
 
 
 def test_time_runs_out() -> None:
-    ticks: Iterator[int] = iter([0, 1, *range(50, 100)])
+    ticks: Iterator[int] = iter([0, 1, 2, *range(50, 100)])  # begin, warm-up, one round
     speeds, engines = Speeds("here"), {BF16: FakeEngine(100.0)}
     asked(speeds, engines, Budget.begin(10, lambda: float(next(ticks))))
-    assert speeds.seconds[ONE][BF16]
-    assert not speeds.seconds[LONG][BF16]
+    assert speeds.rates[ONE][BF16]
+    assert not speeds.rates[LONG][BF16]
     assert f"- {LONG}: {BF16}: time ran out" in report(speeds)
 
 
@@ -151,17 +154,3 @@ def test_codes_are_filled_at_random(dtype: torch.dtype) -> None:
     floats = torch.zeros(4)
     serving_worker.fill(floats)
     assert not floats.any()
-
-
-def test_the_worker_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[list[int], int]] = []
-
-    def generate(engine: object, prompts: list[list[int]], count: int) -> None:
-        calls.append(([len(prompt) for prompt in prompts], count))
-
-    monkeypatch.setattr(serving_worker, "generate", generate)
-    serving_worker.decode(None, 2, 20, 6)
-    assert calls == [([20, 20], 1), ([20, 20], 8), ([20, 20], 1), ([20, 20], 7)]
-    calls.clear()
-    serving_worker.prefill(None, 100)
-    assert calls == [([116], 1), ([16], 1), ([116], 1)]

@@ -33,7 +33,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     expected = {
         str(file.relative_to(package.parent))
         for package in packages
-        for pattern in ("*.py", "py.typed", "tiles/*.json")
+        for pattern in ("*.py", "py.typed", "tiles/*.json", "gate.txt")
         for file in package.rglob(pattern)
     }
     names = zipfile.ZipFile(wheel).namelist()

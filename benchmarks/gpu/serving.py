@@ -16,23 +16,20 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.serving_models import EIGHT_B, GROUPS, TINY, Size, make_specs
-from benchmarks.gpu.serving_report import LONG, ONE, Seconds, Speeds, report
-from benchmarks.machine import describe_machine
+from benchmarks.gpu.serving_report import LONG, ONE, Speeds, report
+from vllm_quantkit.bench.measures import Decode, Prefill
+from vllm_quantkit.bench.rounds import turns
 from vllm_quantkit.engine import Engine, EngineError, EngineSpec
+from vllm_quantkit.hardware.machine import describe_machine
 
 RESULTS = Path("benchmarks/results/gpu_serving.json")
 CACHE = Path(".cache/bench/gpu-serving")
 START_SHARE = 0.35
 """Of the budget: engines of a group that do not run by then are left out."""
-
-SHORT = 16
-"""Tokens of the prompts behind which batches decode."""
 
 
 class GpuEngine(Engine):
@@ -40,47 +37,14 @@ class GpuEngine(Engine):
 
     WORKER = "benchmarks.gpu.serving_worker"
 
-    def decode(self, batch: int, context: int, tokens: int) -> Seconds:
-        """Of sequences that have `context` tokens already: for one token, and `tokens` more."""
-        return self._seconds("decode", batch=batch, context=context, tokens=tokens)
 
-    def prefill(self, tokens: int) -> Seconds:
-        """Of a short prompt that no cache holds, and of one of `tokens` more."""
-        return self._seconds("prefill", tokens=tokens)
-
-    def _seconds(self, op: str, **request: Any) -> Seconds:
-        short, full = self.ask(op, **request)["seconds"]
-        return short, full
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is asked of every engine.
-
-    Attributes:
-        tokens: by which the two times differ.
-        ask: takes both.
-    """
-
-    tokens: int
-    ask: Callable[[GpuEngine], Seconds]
-
-
-def measures(size: Size) -> dict[str, Measure]:
+def measures(size: Size) -> dict[str, Decode | Prefill]:
     """What is asked of every engine, what the goals need first."""
-
-    def decode(batch: int, context: int) -> Measure:
-        tokens = size.tokens
-        return Measure(batch * tokens, lambda engine: engine.decode(batch, context, tokens))
-
-    def prefill(tokens: int) -> Measure:
-        return Measure(tokens, lambda engine: engine.prefill(tokens))
-
     return {
-        ONE: decode(1, SHORT),
-        LONG: decode(1, size.context),
-        **{f"decode, {batch} sequences": decode(batch, SHORT) for batch in size.batches},
-        **{f"prefill, {tokens} tokens": prefill(tokens) for tokens in size.prompts},
+        ONE: Decode(1, size.tokens),
+        LONG: Decode(1, size.tokens, size.context),
+        **{f"decode, {batch} sequences": Decode(batch, size.tokens) for batch in size.batches},
+        **{f"prefill, {tokens} tokens": Prefill(tokens) for tokens in size.prompts},
     }
 
 
@@ -115,27 +79,28 @@ def reason(error: EngineError) -> str:
 
 def ask_all(
     engines: dict[str, GpuEngine],
-    asked: dict[str, Measure],
+    asked: dict[str, Decode | Prefill],
     rounds: int,
     budget: Budget,
     speeds: Speeds,
     save: Callable[[], None],
 ) -> None:
-    """Every measure of every engine in turns, until time runs out."""
+    """Every measure of every engine in turns, once to warm up, until time runs out."""
     for label, measure in asked.items():
-        row = speeds.seconds.setdefault(label, {})
-        speeds.tokens[label] = measure.tokens
+        row = speeds.rates.setdefault(label, {})
         row.update({name: [] for name in engines})
-        for _ in range(rounds):
-            for name in list(engines):
+        for number in range(rounds + 1):
+            for name in turns(list(engines), number):
                 if budget.left <= 0:
                     speeds.unmeasured.append(f"{label}: {name}")
                     continue
                 try:
-                    row[name].append(measure.ask(engines[name]))
+                    rate = measure.ask(engines[name])[measure.rate]
                 except EngineError as error:
                     speeds.failures[name] = reason(error)
                     del engines[name]
+                else:
+                    row[name] += [rate] if number else []  # the first compiles
         save()
         print(f"{label}: {budget.left:.0f} s left", flush=True)
 
@@ -179,7 +144,7 @@ def batches(names: Sequence[str], together: int) -> Iterator[list[str]]:
             yield wanted[first : first + together]
 
 
-def complete(speeds: Speeds, name: str, asked: dict[str, Measure]) -> bool:
+def complete(speeds: Speeds, name: str, asked: dict[str, Decode | Prefill]) -> bool:
     """True where every measure of an engine is there."""
     return all(speeds.per_second(label, name) is not None for label in asked)
 

@@ -22,9 +22,6 @@ from benchmarks.gpu.serving_models import (
 
 ONE, LONG = "decode, 1 sequence", "decode, 1 sequence, long context"
 
-Seconds = tuple[float, float]
-"""With few tokens, and with many more."""
-
 
 @dataclass(frozen=True)
 class Goal:
@@ -53,15 +50,13 @@ class Speeds:
 
     Attributes:
         machine: GPU and versions.
-        tokens: measure to the tokens by which its two times differ.
-        seconds: measure to engine to both times of every round.
+        rates: measure to engine to the tokens/s of every round.
         failures: engine to why it did not run.
         unmeasured: engines for which time ran out.
     """
 
     machine: str
-    tokens: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, dict[str, list[Seconds]]] = field(default_factory=dict)
+    rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     unmeasured: list[str] = field(default_factory=list)
 
@@ -78,18 +73,15 @@ class Speeds:
         return cls(**json.loads(path.read_text()) | {"failures": {}, "unmeasured": []})
 
     def per_second(self, measure: str, engine: str) -> float | None:
-        """Tokens, by the medians of both times; None where noise is larger, or there are none."""
-        rounds = self.seconds.get(measure, {}).get(engine)
-        if not rounds:
-            return None
-        short, full = (median(times) for times in zip(*rounds, strict=True))
-        return self.tokens[measure] / (full - short) if full > short else None
+        """The median of tokens/s; None where there are none."""
+        rounds = self.rates.get(measure, {}).get(engine)
+        return median(rounds) if rounds else None
 
 
 def report(speeds: Speeds) -> str:
     """Markdown: speeds beside bf16's, goals, and what is missing."""
-    names = list(dict.fromkeys(n for row in speeds.seconds.values() for n in row))
-    lines = [[label, *(cell(speeds, label, name) for name in names)] for label in speeds.seconds]
+    names = list(dict.fromkeys(n for row in speeds.rates.values() for n in row))
+    lines = [[label, *(cell(speeds, label, name) for name in names)] for label in speeds.rates]
     goals = [
         [
             goal.measure,

@@ -5,14 +5,12 @@ It registers the plugin itself, so that nothing has to be installed.
 
 from __future__ import annotations
 
-import random
-import time
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_quantkit.integration.engine_worker.generation import generate
+from vllm_quantkit.integration.engine_worker.operations import find_operation
 from vllm_quantkit.integration.engine_worker.process import serve
 
 CODES = ("qweight", "weight", "weight_packed")
@@ -21,12 +19,6 @@ CODES = ("qweight", "weight", "weight_packed")
 FINITE = -0x40404041
 """0xBFBFBFBF: any bits less these masked ones are four finite numbers in E4M3."""
 
-TOKENS = range(4, 1000)
-WARM_UP_TOKENS = 8
-FEW_TOKENS = 16
-
-Seconds = tuple[float, float]
-
 
 def main() -> None:
     """Start the engine described by the first argument, then answer until input ends."""
@@ -34,7 +26,7 @@ def main() -> None:
 
     register()
     fill_codes_at_random()
-    serve({"decode": decode, "prefill": prefill}.__getitem__)
+    serve(find_operation)
 
 
 def fill_codes_at_random() -> None:
@@ -60,40 +52,6 @@ def fill(codes: torch.Tensor) -> None:
     codes.random_(limits.min, limits.max)
     if codes.dtype == torch.int32:
         codes.bitwise_and_(FINITE)
-
-
-def random_prompt(tokens: int) -> list[int]:
-    """No prefix of an earlier prompt is cached."""
-    return random.choices(TOKENS, k=tokens)
-
-
-def decode(engine: Any, batch: int, context: int, tokens: int) -> dict[str, Seconds]:
-    """Seconds for the first token of `batch` sequences, and for so many `tokens` more.
-
-    They have `context` tokens already; the difference leaves prefill, of what is not cached, out.
-    """
-    prompts = [random_prompt(context) for _ in range(batch)]
-    for count in (1, WARM_UP_TOKENS):
-        seconds(engine, prompts, count)
-    return {"seconds": (seconds(engine, prompts, 1), seconds(engine, prompts, tokens + 1))}
-
-
-def prefill(engine: Any, tokens: int) -> dict[str, Seconds]:
-    """Seconds for the first token behind a short prompt, and behind one of `tokens` more.
-
-    The difference leaves request handling and the decoded token out.
-    """
-    many = FEW_TOKENS + tokens
-    # The first, which warms up, is not counted.
-    _, short, full = (seconds(engine, [random_prompt(n)], 1) for n in (many, FEW_TOKENS, many))
-    return {"seconds": (short, full)}
-
-
-def seconds(engine: Any, prompts: list[list[int]], count: int) -> float:
-    """For `count` tokens behind each prompt."""
-    begin = time.perf_counter()
-    generate(engine, prompts, count)
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from examples.demo_server import Server
+from examples.demo_server import NAME, Server
 from tests.integration.engines import ROOT
+from vllm_quantkit.bench.commands import bench_servers
+from vllm_quantkit.bench.requests import read_request
+from vllm_quantkit.bench.results import BenchResult
+from vllm_quantkit.terminal import Terminal
 
 pytestmark = pytest.mark.engine
 
@@ -29,6 +33,32 @@ def members(group: int) -> list[str]:
     return found
 
 
+def bench(address: str, tokenizer: str) -> BenchResult:
+    """What `vllm bench serve` sees of the server, by a handful of requests."""
+    request = {
+        "model": tokenizer,
+        "server": [f"demo={address}"],
+        "num_prompts": 4,
+        "input_len": 32,
+        "output_len": 8,
+        "rounds": 1,
+    }
+    return bench_servers(read_request(request), Terminal(quiet=True))
+
+
+def assert_measured(result: BenchResult) -> None:
+    (row,) = result.rows
+    assert row.failure == ""
+    assert row.served["model"] == NAME
+    found = {entry.quantity: entry.sample.median for entry in row.entries}
+    assert len(found) == 9
+    assert 0 < found["ttft"] <= found["ttft_tail"]
+    assert 0 < found["output"] < found["total"]
+    # 4 answers of 8 tokens behind 4 prompts of about 32: tokenizers join some random words anew.
+    assert found["total"] / found["output"] == pytest.approx(5.0, rel=0.2)
+    assert found["output"] == pytest.approx(8 * found["requests"], rel=0.01)
+
+
 def test_a_server_answers_and_leaves_no_process(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = str(ROOT / "examples" / "tiny-lm" / "gptq")
@@ -38,9 +68,11 @@ def test_a_server_answers_and_leaves_no_process(tmp_path, monkeypatch):
         group = os.getpgid(server._process.pid)
         assert members(group)
         answers = dict(server.ask())
+        measured = bench(server.address, model)
 
     assert len(answers) == 2
     assert all(len(text.split()) > 3 for text in answers.values())
+    assert_measured(measured)
     assert "layers run" in (tmp_path / "serve.log").read_text()
     limit = time.monotonic() + GONE_LIMIT_S
     while members(group) and time.monotonic() < limit:

@@ -112,14 +112,6 @@ class Engine:
         answer = self.ask("perplexity", text=text, max_tokens=max_tokens)
         return answer["perplexity"], answer["tokens"]
 
-    def decode_speed(self, batch: int, tokens: int) -> float:
-        """Tokens per second of one timed run, all sequences together."""
-        return float(self.ask("decode", batch=batch, tokens=tokens)["tokens_per_second"])
-
-    def prefill_speed(self, tokens: int) -> float:
-        """Tokens per second of one prompt of so many tokens, which no cache holds."""
-        return float(self.ask("prefill", tokens=tokens)["tokens_per_second"])
-
     def continuations(self, text: str, prompts: int, length: int, tokens: int) -> list[list[int]]:
         """Greedy `tokens` behind each of `prompts` windows of `length` tokens of `text`."""
         answer = self.ask("continue", text=text, prompts=prompts, length=length, tokens=tokens)
