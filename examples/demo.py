@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.demo_models import DemoModels, prepare
+from examples.demo_models import CALIBRATION, DemoModels, prepare
 from examples.demo_server import Server, ServerError
 from vllm_quantkit.bench.plan import BenchPlan
 from vllm_quantkit.bench.speeds import measure_speeds
@@ -67,7 +67,8 @@ def main() -> int:
     except KeyboardInterrupt:
         say("Stopped.")
         return 130
-    print(NEXT_STEPS.format(quantized=models.quantized))
+    names = {"original": models.original, "quantized": models.quantized}
+    print(NEXT_STEPS.format(**names, calibration=CALIBRATION))
     return 0
 
 
@@ -142,6 +143,9 @@ def say(text: str) -> None:
 NEXT_STEPS = """
   What to try next
     .venv/bin/vllm serve {quantized} --quantization quantkit-awq     serve it yourself
+    .venv/bin/quantkit eval {quantized}                              what 4 bits cost
+    .venv/bin/quantkit compare {original} --quick --calibration {calibration}
+                                                                     every scheme, measured
     make demo MODEL=Qwen/Qwen3-0.6B                                  the same with a hub model
     .venv/bin/python -m examples.int4_kv --out .cache/int4-kv        4-bit weights and cache
     make bench-cpu                                                   kernels against ATen and vLLM
