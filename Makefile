@@ -14,7 +14,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadfile
 ENGINE_ENV = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo qlora test test-compat lint types unit gates kernel-report bench-cpu bench-gpu bench-gpu-serving check-gpu bench-kv bench-quantizers bench-serving env env-compat compiler clean
+.PHONY: help demo qlora test test-compat lint types unit gates kernel-report bench-cpu bench-gpu bench-gpu-serving check-gpu bench-kv bench-quantizers bench-serving table env env-compat compiler clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,6 +70,9 @@ bench-quantizers: env ## Quality and time beside llm-compressor and GPTQModel (i
 
 bench-serving: env ## Decode and prefill tokens/s of a 0.7 B model in bf16, vLLM's AWQ and our schemes
 	$(PY) -m benchmarks.serving
+
+table: env ## The trade-off table of the demo model, and a 0.7 B model's speeds (goes on where it stopped)
+	@$(PY) -m benchmarks.trade_off
 
 env:
 	@scripts/make-env.sh $(VENV) $(VLLM_CPU) $(VLLM_CUDA) dev

@@ -1,0 +1,1 @@
+"""`quantkit compare`: what every scheme costs and gains one model on one machine, measured."""
