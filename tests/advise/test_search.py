@@ -27,8 +27,8 @@ from vllm_quantkit.advise.search.ways import Way, measure_ways, read_ways
 from vllm_quantkit.advise.workload import Workload
 from vllm_quantkit.cli.app import app
 from vllm_quantkit.errors import ConfigError
-from vllm_quantkit.evaluate.by_layer import LayerSensitivity
 from vllm_quantkit.evaluate.hf_model import load_plain, load_served
+from vllm_quantkit.evaluate.sensitivity import LayerSensitivity
 from vllm_quantkit.footprint import read_model
 from vllm_quantkit.quantize.job import Job
 from vllm_quantkit.quantize.model.model_map import Source, Stage

@@ -14,10 +14,11 @@ from tests.evaluate.conftest import INT4
 from tests.written_models import write_model
 from vllm_quantkit.engine import EngineSpec
 from vllm_quantkit.errors import ConfigError
-from vllm_quantkit.evaluate.by_layer import LayerSensitivity, SensitivityMethod, measure_by_layer
+from vllm_quantkit.evaluate.by_layer import measure_by_layer
 from vllm_quantkit.evaluate.hf_model import ServedLinear
 from vllm_quantkit.evaluate.layer_pairs import fit_scales, group_layers, make_pair
 from vllm_quantkit.evaluate.quality import SILENT, Windows, measure_base, measure_quality
+from vllm_quantkit.evaluate.sensitivity import LayerSensitivity, SensitivityMethod
 
 DEMO = Path(__file__).parents[2] / "examples/tiny-lm"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_quantkit.evaluate.by_layer import LayerSensitivity
 from vllm_quantkit.evaluate.intervals import Interval
 from vllm_quantkit.evaluate.quality import Quality
+from vllm_quantkit.evaluate.sensitivity import LayerSensitivity
 from vllm_quantkit.evaluate.tasks import TaskScore
 from vllm_quantkit.evaluate.window_scores import WindowScores
 from vllm_quantkit.long_generation.curve import compounding, kl_curve

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.reporting.evaluations import EVALUATION, QUALITY
 from vllm_quantkit.engine import EngineSpec
 from vllm_quantkit.errors import CheckpointError
-from vllm_quantkit.evaluate.by_layer import LayerSensitivity
 from vllm_quantkit.evaluate.intervals import Interval
+from vllm_quantkit.evaluate.sensitivity import LayerSensitivity
 from vllm_quantkit.quantize.output.report import (
     REPORT_FILE,
     Report,

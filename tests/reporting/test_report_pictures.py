@@ -100,19 +100,17 @@ POINTS = [
 ]
 
 
-def trade_off(points: list[Point], *, log_y: bool = False) -> Picture | None:
+def trade_off(points: list[Point]) -> Picture | None:
     return trade_off_picture(
-        points, x_label="speed-up", y_label="KL, nats", size_label="weights, GB", log_y=log_y
+        points, x_label="speed-up", y_label="KL, nats", size_label="weights, GB"
     )
 
 
-@pytest.mark.parametrize("log_y", [False, True])
-def test_every_way_has_one_label(log_y):
-    found = words(trade_off(POINTS, log_y=log_y))
+def test_every_way_has_one_label():
+    found = words(trade_off(POINTS))
 
     for point in POINTS:
-        label = "bf16 (0)" if log_y and point.y == 0 else point.label
-        assert found.count(label) == 1
+        assert found.count(point.label) == 1
     assert {"speed-up", "KL, nats", "areas: weights, GB"} <= set(found)
 
 
@@ -136,9 +134,8 @@ def test_areas_follow_sizes():
     assert "bf16: speed-up 1, KL, nats 0" in picture.alt
 
 
-@pytest.mark.parametrize("log_y", [False, True])
-def test_one_way_alone_can_be_drawn(log_y):
-    assert words(trade_off([POINTS[0]], log_y=log_y))
+def test_one_way_alone_can_be_drawn():
+    assert words(trade_off([POINTS[0]]))
 
 
 def test_what_was_not_measured_is_not_drawn():

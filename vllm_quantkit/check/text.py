@@ -83,8 +83,8 @@ def _memory(memory: MemoryCheck, ranks: int) -> list[str]:
         f"Memory: {gib(memory.allowed_bytes)} of {gib(memory.device_bytes)} allowed; activations "
         f"{gib(memory.activation_bytes)}, runtime {gib(memory.overhead_bytes)}, left for the KV "
         f"cache {gib(memory.cache_bytes)}.",
-        f"KV cache: {memory.cache_tokens} tokens, {memory.sequences:.1f} sequences of "
-        f"{memory.max_model_len}: {fits}.",
+        f"KV cache: {memory.cache_tokens:,} tokens, {memory.sequences:,.1f} sequences of "
+        f"{memory.max_model_len:,}: {fits}.",
         *(f"Note: {note}." for note in memory.notes),
     ]
 

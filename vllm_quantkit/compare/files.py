@@ -8,15 +8,11 @@ from vllm_quantkit.compare.notes import doubts_of, notes_below
 from vllm_quantkit.compare.picture import picture_of
 from vllm_quantkit.compare.result import Comparison
 from vllm_quantkit.compare.table import for_programs, readable
-from vllm_quantkit.reporting.drawing import can_draw
+from vllm_quantkit.reporting.drawing import HOW_TO_DRAW, can_draw
 from vllm_quantkit.reporting.one_step import write_in_one_step
 from vllm_quantkit.terminal import to_json
 
 NAME = "table"
-
-NO_PICTURE = (
-    'there is no picture, since matplotlib is not installed: pip install "vllm-quantkit[bench]".'
-)
 
 
 def write_files(comparison: Comparison, folder: Path, name: str = NAME) -> str:
@@ -43,7 +39,7 @@ def write_files(comparison: Comparison, folder: Path, name: str = NAME) -> str:
     write_in_one_step(folder / f"{name}.csv", for_programs(comparison).csv())
     write_in_one_step(folder / f"{name}.json", to_json(comparison))
     write_in_one_step(folder / f"{name}.md", markdown(comparison, shown))
-    return "" if can_draw() else NO_PICTURE
+    return "" if can_draw() else HOW_TO_DRAW
 
 
 def markdown(comparison: Comparison, picture: str | None = None) -> str:

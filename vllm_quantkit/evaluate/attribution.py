@@ -1,4 +1,4 @@
-"""Three ways to find out what each group of layers costs: see `by_layer.SensitivityMethod`."""
+"""Three ways to find out what each group of layers costs: see `sensitivity.SensitivityMethod`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vllm_quantkit.evaluate.by_layer import SensitivityMethod
 from vllm_quantkit.evaluate.layer_pairs import LayerGroup, LayerPair
+from vllm_quantkit.evaluate.sensitivity import SensitivityMethod
 from vllm_quantkit.evaluate.window_scores import ROWS, compare
 from vllm_quantkit.terminal import Tick
 

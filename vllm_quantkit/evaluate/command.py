@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from vllm_quantkit.cache import cache_folder
 from vllm_quantkit.engine import EngineSpec
 from vllm_quantkit.errors import CheckpointError, ConfigError
-from vllm_quantkit.evaluate.by_layer import LayerSensitivity, measure_by_layer
+from vllm_quantkit.evaluate.by_layer import measure_by_layer
 from vllm_quantkit.evaluate.gates import judge
 from vllm_quantkit.evaluate.origin import Origin, find_base, read_origin
 from vllm_quantkit.evaluate.quality import (
@@ -25,6 +25,7 @@ from vllm_quantkit.evaluate.quality import (
 )
 from vllm_quantkit.evaluate.request import EvaluateRequest
 from vllm_quantkit.evaluate.scorers import backend_version, engine_spec, stores_kv_in_4_bits
+from vllm_quantkit.evaluate.sensitivity import LayerSensitivity
 from vllm_quantkit.evaluate.showing import show
 from vllm_quantkit.evaluate.tasks import (
     TaskPlan,

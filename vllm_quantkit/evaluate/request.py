@@ -11,9 +11,9 @@ from pydantic import Field, JsonValue, ValidationError
 
 from vllm_quantkit.engine import EngineSpec
 from vllm_quantkit.errors import ConfigError
-from vllm_quantkit.evaluate.by_layer import SensitivityMethod
 from vllm_quantkit.evaluate.gates import Gates, read_fraction
 from vllm_quantkit.evaluate.scorers import Backend
+from vllm_quantkit.evaluate.sensitivity import SensitivityMethod
 from vllm_quantkit.evaluate.tasks import TaskPlan
 from vllm_quantkit.evaluate.text import TextOptions
 from vllm_quantkit.long_generation.plan import LongPlan

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from vllm_quantkit.evaluate.by_layer import LayerSensitivity
 from vllm_quantkit.evaluate.quality import Perplexity, Quality
+from vllm_quantkit.evaluate.sensitivity import LayerSensitivity
 from vllm_quantkit.evaluate.tasks import TaskScore
 from vllm_quantkit.reporting.drawing import HOW_TO_DRAW, can_draw
 from vllm_quantkit.reporting.evaluation import Evaluation, Served

@@ -12,8 +12,7 @@ from typing import Any
 from vllm_quantkit.spec import Frozen
 
 HOW_TO_DRAW = (
-    "The report has no pictures, since matplotlib is not installed: "
-    'pip install "vllm-quantkit[bench]".'
+    'There are no pictures, since matplotlib is not installed: pip install "vllm-quantkit[bench]".'
 )
 
 INK = "#24292f"

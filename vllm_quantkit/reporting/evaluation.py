@@ -10,8 +10,8 @@ from pydantic import Field, JsonValue, ValidationError
 
 from vllm_quantkit.engine import EngineSpec
 from vllm_quantkit.errors import CheckpointError
-from vllm_quantkit.evaluate.by_layer import LayerSensitivity
 from vllm_quantkit.evaluate.quality import Perplexity, Quality
+from vllm_quantkit.evaluate.sensitivity import LayerSensitivity
 from vllm_quantkit.evaluate.tasks import TaskScore
 from vllm_quantkit.long_generation.result import LongGeneration
 from vllm_quantkit.quantize.output.report import REPORT_FILE

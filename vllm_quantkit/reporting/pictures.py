@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from vllm_quantkit.evaluate.by_layer import LayerSensitivity
+from vllm_quantkit.evaluate.sensitivity import LayerSensitivity
 from vllm_quantkit.long_generation.result import Decoding, Divergence
 from vllm_quantkit.reporting.distribution import Distribution
 from vllm_quantkit.reporting.drawing import (

@@ -45,7 +45,6 @@ def trade_off_picture(
     y_label: str,
     size_label: str,
     title: str = "Quality against speed and memory",
-    log_y: bool = False,
 ) -> Picture | None:
     """A point for each way, its area as large as its size; None where no point has a place.
 
@@ -54,7 +53,6 @@ def trade_off_picture(
         x_label, y_label: of the axes, with units.
         size_label: what areas stand for, with units.
         title: of the picture.
-        log_y: True draws y on a logarithmic axis, where the points at or below 0 lie at its foot.
     """
     placed = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y)]
     if not placed:
@@ -62,44 +60,28 @@ def trade_off_picture(
     largest = max(point.size for point in placed) or 1.0
 
     def paint(axes: Any) -> None:
-        heights = [_height(point.y, placed) if log_y else point.y for point in placed]
         areas = [LARGEST * max(point.size, 0.0) / largest for point in placed]
-        for place, (point, height) in enumerate(zip(placed, heights, strict=True)):
+        for place, point in enumerate(placed):
             colour = COLOURS[place % len(COLOURS)]
-            axes.scatter(point.x, height, s=areas[place], color=colour, alpha=0.35, linewidths=0)
-            axes.scatter(point.x, height, s=9, color=colour)
-        axes.set(xlabel=x_label, ylabel=y_label, **({"yscale": "log"} if log_y else {}))
+            axes.scatter(point.x, point.y, s=areas[place], color=colour, alpha=0.35, linewidths=0)
+            axes.scatter(point.x, point.y, s=9, color=colour)
+        axes.set(xlabel=x_label, ylabel=y_label)
         axes.margins(x=0.2, y=0.2)
-        if not log_y and min(heights) >= 0:
+        if min(point.y for point in placed) >= 0:
             axes.set_yticks([tick for tick in axes.get_yticks() if tick >= 0])
         plain_ticks(axes.yaxis)
         axes.set_title(f"areas: {size_label}", loc="right", fontsize="small")
-        _label(axes, [_named(point, log_y) for point in placed], heights, areas)
+        _label(axes, placed, areas)
 
     alt = "; ".join(f"{p.label}: {x_label} {p.x:.3g}, {y_label} {p.y:.3g}" for p in placed)
     return draw("trade_off", title, alt + ".", paint, (7.2, 4.6))
 
 
-def _height(y: float, points: Sequence[Point]) -> float:
-    """y, or half the smallest positive y for one that a logarithm does not have."""
-    positive = [point.y for point in points if point.y > 0]
-    return y if y > 0 else min(positive, default=1.0) / 2
-
-
-def _named(point: Point, log_y: bool) -> Point:
-    """With its y in the label, where it lies at the foot of a logarithmic axis."""
-    if not log_y or point.y > 0:
-        return point
-    return point.model_copy(update={"label": f"{point.label} ({point.y:.3g})"})
-
-
-def _label(
-    axes: Any, points: Sequence[Point], heights: Sequence[float], areas: Sequence[float]
-) -> None:
+def _label(axes: Any, points: Sequence[Point], areas: Sequence[float]) -> None:
     """Each point's label beside it, where no other label or point is, as far as there is room."""
     axes.figure.draw_without_rendering()
     radii = [math.sqrt(area / math.pi) for area in areas]
-    places = [(point.x, height) for point, height in zip(points, heights, strict=True)]
+    places = [(point.x, point.y) for point in points]
     taken = [_around(axes, *place, radius) for place, radius in zip(places, radii, strict=True)]
     for point, place, radius in zip(points, places, radii, strict=True):
         candidates = [_annotate(axes, point.label, place, radius, side) for side in SIDES]

@@ -13,11 +13,8 @@ from transformers import AutoTokenizer
 from vllm_quantkit.advise.request import SearchRequest
 from vllm_quantkit.engine import EngineSpec
 from vllm_quantkit.errors import CheckpointError, ConfigError
-from vllm_quantkit.evaluate.by_layer import (
-    LayerSensitivity,
-    SensitivityMethod,
-    measure_by_layer,
-)
+from vllm_quantkit.evaluate.by_layer import measure_by_layer
+from vllm_quantkit.evaluate.sensitivity import LayerSensitivity, SensitivityMethod
 from vllm_quantkit.evaluate.text import TextOptions, fresh_windows
 from vllm_quantkit.evaluate.windows import Windows
 from vllm_quantkit.quantize.job import UNLIMITED, Job
