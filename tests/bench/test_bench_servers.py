@@ -233,6 +233,15 @@ def test_a_server_that_fails_is_a_row_with_its_reason(program, address):
         assert run_bench(alone, terminal) == 1
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt; shells start what runs in the background without that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_client(program, tmp_path, monkeypatch):
     command = ServeCommand()
     pid_file = tmp_path / "pid"
