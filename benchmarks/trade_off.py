@@ -21,6 +21,7 @@ from vllm_quantkit.terminal import Terminal
 RESULTS = Path("benchmarks/results")
 DATA = Path("examples/tiny-lm/data")
 RANDOM = Path(".cache/bench/llama-0.7b")
+WORK = Path(".cache/bench/compare")
 
 
 def main() -> int:
@@ -33,7 +34,8 @@ def main() -> int:
     status = 0
     for name in args.models:
         begin = time.perf_counter()
-        request = read_request({**MODELS[name](), "out": RESULTS, "fresh": args.fresh})
+        places = {"out": RESULTS, "work": WORK / name}
+        request = read_request({**MODELS[name](), **places, "fresh": args.fresh})
         status |= run_compare(request, terminal, f"trade_off_{name}")
         terminal.note(f"{name}: {(time.perf_counter() - begin) / 60:.1f} minutes")
     return status
