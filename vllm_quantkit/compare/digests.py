@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_quantkit.errors import CheckpointError
-from vllm_quantkit.reporting.one_step import write_in_one_step
+from vllm_quantkit.one_step import write_in_one_step
 
 DECIDES = frozenset({".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".yaml"})
 """Endings of the files that a model's figures depend on; reports and cards are not among them."""

@@ -8,8 +8,8 @@ from vllm_quantkit.compare.notes import doubts_of, notes_below
 from vllm_quantkit.compare.picture import picture_of
 from vllm_quantkit.compare.result import Comparison
 from vllm_quantkit.compare.table import for_programs, readable
+from vllm_quantkit.one_step import write_in_one_step
 from vllm_quantkit.reporting.drawing import HOW_TO_DRAW, can_draw
-from vllm_quantkit.reporting.one_step import write_in_one_step
 from vllm_quantkit.terminal import to_json
 
 NAME = "table"

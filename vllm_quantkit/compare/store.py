@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from vllm_quantkit.compare.digests import digest_of
 from vllm_quantkit.errors import CheckpointError
+from vllm_quantkit.one_step import write_in_one_step
 from vllm_quantkit.quantize.output.disk import lock_folder
-from vllm_quantkit.reporting.one_step import write_in_one_step
 from vllm_quantkit.terminal import Terminal, to_json
 
 Value = TypeVar("Value", bound=BaseModel)

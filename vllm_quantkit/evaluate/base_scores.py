@@ -20,6 +20,7 @@ from vllm_quantkit.engine import EngineSpec
 from vllm_quantkit.errors import CheckpointError
 from vllm_quantkit.evaluate.window_scores import STORED
 from vllm_quantkit.evaluate.windows import Windows
+from vllm_quantkit.one_step import write_in_one_step
 from vllm_quantkit.quantize.hub import model_folder
 from vllm_quantkit.quantize.output.disk import lock_folder
 
@@ -88,9 +89,7 @@ def claimed(folder: Path, record: dict[str, Any]) -> Iterator[None]:
                 f"{folder} holds log-probabilities of another model, text or version: give another "
                 "folder, or delete this one."
             )
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(record, indent=2), encoding="utf-8")
-        partial.replace(path)
+        write_in_one_step(path, json.dumps(record, indent=2))
         try:
             yield
         finally:

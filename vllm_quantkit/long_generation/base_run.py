@@ -28,7 +28,7 @@ from vllm_quantkit.long_generation.plan import LongPlan, Room
 from vllm_quantkit.long_generation.prompts import PromptSet
 from vllm_quantkit.long_generation.result import DecodingName
 from vllm_quantkit.long_generation.texts import ModelTexts, write_all
-from vllm_quantkit.reporting.one_step import write_in_one_step
+from vllm_quantkit.one_step import write_in_one_step
 from vllm_quantkit.terminal import Terminal
 
 TEXTS_FILE = "texts.json"

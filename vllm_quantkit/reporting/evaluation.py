@@ -14,9 +14,9 @@ from vllm_quantkit.evaluate.quality import Perplexity, Quality
 from vllm_quantkit.evaluate.sensitivity import LayerSensitivity
 from vllm_quantkit.evaluate.tasks import TaskScore
 from vllm_quantkit.long_generation.result import LongGeneration
+from vllm_quantkit.one_step import write_in_one_step
 from vllm_quantkit.quantize.output.report import REPORT_FILE
 from vllm_quantkit.reporting.distribution import Distribution
-from vllm_quantkit.reporting.one_step import write_in_one_step
 from vllm_quantkit.spec import Frozen
 from vllm_quantkit.terminal import to_json
 

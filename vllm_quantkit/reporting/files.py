@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_quantkit.one_step import write_in_one_step
 from vllm_quantkit.reporting.document import document
 from vllm_quantkit.reporting.drawing import HOW_TO_DRAW, can_draw
 from vllm_quantkit.reporting.evaluation import Evaluation
 from vllm_quantkit.reporting.html import render_html
 from vllm_quantkit.reporting.markdown import render_markdown
-from vllm_quantkit.reporting.one_step import write_in_one_step
 from vllm_quantkit.reporting.pictures import NAMES
 
 FOLDER = "quantkit_report"

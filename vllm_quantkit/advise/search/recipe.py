@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from vllm_quantkit.advise.search.units import Unit, UnitOption
+from vllm_quantkit.one_step import write_in_one_step
 from vllm_quantkit.quantize.recipes.recipe_file import OutputFormat
-from vllm_quantkit.reporting.one_step import write_in_one_step
 
 NUMBER = re.compile(r"\.(\d+)\.")
 """The first is a block's, in the names of its layers."""

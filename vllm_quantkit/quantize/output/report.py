@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, JsonValue, ValidationError
 
 from vllm_quantkit.errors import CheckpointError
+from vllm_quantkit.one_step import write_in_one_step
 from vllm_quantkit.quantize.calibration import CalibrationOptions, TokenSets
 from vllm_quantkit.quantize.observation.stability import UNSTABLE, is_unstable
 from vllm_quantkit.quantize.output.records import BlockRecord, LayerRecord
@@ -222,9 +223,7 @@ def render_report(report: Report) -> str:
 
 def write_report(report: Report, path: Path) -> None:
     """`render_report` in a file that appears in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render_report(report), encoding="utf-8")
-    partial.replace(path)
+    write_in_one_step(path, render_report(report))
 
 
 def read_report(path: Path) -> Report:
